@@ -1,0 +1,1 @@
+"""The contract: records, parameters and results that cross the daemon's socket."""

@@ -1,0 +1,96 @@
+"""Parameters of the daemon's methods. Optional sizes are None, so that "omitted" is not 0."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from banger.api.base import Params
+
+WorkspaceMode = Literal["shallow_overlay", "metadata_only", "full_copy"]
+
+
+class Empty(Params, frozen=True, kw_only=True):
+    """Nothing to say."""
+
+
+class VmRef(Params, frozen=True, kw_only=True):
+    """A VM's name, id, or unique id prefix of at least 4 characters."""
+
+    vm: str
+
+
+class ShipWorkspace(Params, frozen=True, kw_only=True):
+    """What of a host repository goes into a guest (spec 8)."""
+
+    path: str
+    mode: WorkspaceMode = "shallow_overlay"
+    branch: str | None = None
+    from_ref: str | None = None
+    include_untracked: bool = False
+    guest_path: str | None = None
+
+
+class CreateVm(Params, frozen=True, kw_only=True):
+    """`vm.create` and, with `workspace` and `rm`, `vm.run`. Sizes are explicit: the CLI resolves
+    the defaults, so that the line it prints equals what is created."""
+
+    image: str
+    vcpu: int
+    memory_mib: int
+    disk_bytes: int
+    overlay_bytes: int
+    name: str | None = None
+    start: bool = True
+    allow_overcommit: bool = False
+
+
+class RunVm(Params, frozen=True, kw_only=True):
+    create: CreateVm
+    workspace: ShipWorkspace | None = None
+    rm: bool = False
+
+
+class StartVm(Params, frozen=True, kw_only=True):
+    vm: str
+    allow_overcommit: bool = False
+
+
+class StopVm(Params, frozen=True, kw_only=True):
+    vm: str
+    timeout_s: float | None = None
+
+
+class KillVm(Params, frozen=True, kw_only=True):
+    vm: str
+    signal: str = "KILL"
+
+
+class SetVm(Params, frozen=True, kw_only=True):
+    vm: str
+    vcpu: int | None = None
+    memory_mib: int | None = None
+    disk_bytes: int | None = None
+    overlay_bytes: int | None = None
+
+
+class VmLogs(Params, frozen=True, kw_only=True):
+    vm: str
+    follow: bool = False
+    tail: int | None = None
+
+
+class NameRef(Params, frozen=True, kw_only=True):
+    """An image or kernel by name."""
+
+    name: str
+
+
+class BuildImage(Params, frozen=True, kw_only=True):
+    name: str
+    recipe: str
+    force: bool = False
+
+
+class PullKernel(Params, frozen=True, kw_only=True):
+    name: str
+    force: bool = False

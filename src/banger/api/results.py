@@ -1,0 +1,116 @@
+"""Results of the daemon's methods. Fields are added, never renamed, within a major version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from banger.api.base import Wire
+from banger.api.records import VmRecord, Workspace
+
+
+class Pong(Wire, frozen=True, kw_only=True):
+    version: str
+    pid: int
+
+
+class VmmVerdict(Wire, frozen=True, kw_only=True):
+    driver: str | None
+    accel: str | None
+    kvm_usable: bool
+    evidence: tuple[str, ...] = ()
+    problem: str | None = None
+    hint: str | None = None
+
+
+class DaemonStatus(Wire, frozen=True, kw_only=True):
+    version: str
+    pid: int
+    mode: str
+    socket: str
+    log: str
+    uptime_s: float
+    rss_bytes: int
+    vms_running: int
+    network: str
+    network_note: str | None
+    vmm: VmmVerdict
+
+
+class AgentAccess(Wire, frozen=True, kw_only=True):
+    """How to use the connected descriptor that comes with this."""
+
+    vm: VmRecord
+    token: str
+    cwd: str | None
+    login: bool
+
+
+class RunResult(Wire, frozen=True, kw_only=True):
+    vm: VmRecord
+    access: AgentAccess
+    workspace: Workspace | None = None
+    files: int = 0
+    bytes: int = 0
+
+
+class Outcome(Wire, frozen=True, kw_only=True):
+    """A VM after a command, and one sentence when something is worth saying."""
+
+    vm: VmRecord
+    note: str | None = None
+
+
+class Deleted(Wire, frozen=True, kw_only=True):
+    name: str
+    note: str | None = None
+
+
+class SetResult(Wire, frozen=True, kw_only=True):
+    vm: VmRecord
+    at_next_start: tuple[str, ...] = ()
+
+
+class Ping(Wire, frozen=True, kw_only=True):
+    vm: str
+    round_trip_ms: float
+
+
+class SshAccess(Wire, frozen=True, kw_only=True):
+    """What the OpenSSH client needs; `sshd` is False when nothing listens on port 22."""
+
+    vm: VmRecord
+    sshd: bool
+    address: str
+    port: int
+    key: str
+    known_hosts: str
+
+
+class PortRow(Wire, frozen=True, kw_only=True):
+    vm: str
+    port: int
+    proto: str
+    process: str
+    address: str
+    endpoint: str
+    reachable: bool
+
+
+class VmStats(Wire, frozen=True, kw_only=True):
+    vm: str
+    vmm_rss_bytes: int
+    vmm_cpu_s: float
+    overlay_allocated_bytes: int
+    overlay_promised_bytes: int
+    work_allocated_bytes: int
+    work_promised_bytes: int
+    host_free_bytes: int
+    guest: dict[str, Any] | None
+    guest_error: str | None = None
+
+
+class FileList(Wire, frozen=True, kw_only=True):
+    """Names as they are printed, one a line (odd bytes quoted as git does)."""
+
+    names: tuple[str, ...]
+    note: str | None = None

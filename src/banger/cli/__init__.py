@@ -1,0 +1,1 @@
+"""The command line: parses, asks the daemon, draws. It knows the contract and the wire only."""

@@ -1,0 +1,37 @@
+"""Live completion of names: asks a running daemon, gives up after 200 ms, never starts one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+_PATIENCE_S = 0.2
+
+
+def _names(method: str, incomplete: str) -> list[str]:
+    from banger.api.params import Empty
+    from banger.cli.server import Server
+
+    rows = Server().find(method, Empty(), list[dict[str, Any]], timeout_s=_PATIENCE_S) or []
+    return sorted(row["name"] for row in rows if row["name"].startswith(incomplete))
+
+
+class _LiveName(click.ParamType[str]):
+    """A name that a running daemon can complete; `method` lists the candidates."""
+
+    def __init__(self, name: str, method: str) -> None:
+        self.name = name
+        self._method = method
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in _names(self._method, incomplete)]
+
+
+VM = _LiveName("VM", "vm.list")
+IMAGE = _LiveName("IMAGE", "image.list")
+KERNEL = _LiveName("KERNEL", "kernel.list")

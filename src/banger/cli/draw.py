@@ -1,0 +1,115 @@
+"""Progress and tables. Live on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class Painter(Protocol):
+    def __call__(self, event: dict[str, Any]) -> None: ...
+
+
+def quiet_option(command: Any) -> Any:
+    return click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
+
+
+def verbose_option(command: Any) -> Any:
+    return click.option("-v", "--verbose", is_flag=True, help="Show how long each stage took.")(
+        command
+    )
+
+
+@contextlib.contextmanager
+def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Painter]:
+    """A listener for progress events, drawn until the context ends."""
+    if quiet:
+        yield _only_warnings
+    elif sys.stderr.isatty() and not verbose:
+        with _live() as painter:
+            yield painter
+    else:
+        yield _Plain(verbose=verbose)
+
+
+def _only_warnings(event: dict[str, Any]) -> None:
+    if "warning" in event:
+        sys.stderr.write(f"banger: warning: {event['warning']}\n")
+
+
+class _Plain:
+    """One line per stage; with times when asked."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._stage: str | None = None
+        self._began = time.monotonic()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        _only_warnings(event)
+        if "stage" not in event:
+            return
+        now = time.monotonic()
+        if self._verbose and self._stage is not None:
+            sys.stderr.write(f"  {self._stage}: {(now - self._began) * 1000:.0f} ms\n")
+        self._stage, self._began = event["stage"], now
+        detail = f" ({event['detail']})" if event.get("detail") else ""
+        sys.stderr.write(f"{event['stage']}: {event['label']}{detail}\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _live() -> Iterator[Painter]:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.status import Status
+
+    console = Console(stderr=True)
+    label = "starting"
+    with Status(label, console=console) as status:
+
+        def paint(event: dict[str, Any]) -> None:
+            nonlocal label
+            if "warning" in event:
+                console.print(f"banger: warning: {event['warning']}", markup=False)
+            if "stage" in event:
+                detail = f" ({event['detail']})" if event.get("detail") else ""
+                label = escape(event["label"] + detail)
+                status.update(label)
+            elif "done" in event:
+                status.update(f"{label} {escape(_amount(event))}")
+
+        yield paint
+
+
+def _amount(event: dict[str, Any]) -> str:
+    from banger.units import format_size
+
+    detail = f" {event['detail']}" if event.get("detail") else ""
+    if event.get("total"):
+        return f"{event['done'] * 100 // event['total']}%{detail}"
+    return f"{format_size(event['done'])}{detail}" if event["done"] >= 1024 else detail
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded by two spaces; no trailing blanks."""
+    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [headers, *rows]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def print_json(value: Any) -> None:
+    """A result as indented JSON on stdout."""
+    import msgspec
+
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")

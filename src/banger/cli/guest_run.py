@@ -1,0 +1,74 @@
+"""Run one guest command for the user, and tell honestly what became of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from banger.api import params as p
+from banger.api.records import VmRecord
+from banger.cli import stream
+from banger.errors import BangerError
+
+if TYPE_CHECKING:
+    from banger.api.results import AgentAccess
+    from banger.cli.server import Server
+
+_PASSED = ("TERM", "LANG", "LC_ALL", "COLORTERM")
+
+
+def run(
+    server: Server,
+    sock: Any,
+    access: AgentAccess,
+    *,
+    argv: tuple[str, ...],
+    env: dict[str, str],
+    user: str | None,
+    want_tty: bool,
+    cwd: str | None = None,
+) -> int:
+    """The exit status of a guest command run over a connected agent socket.
+
+    Raises:
+        BangerError: the command never ran, or its fate is not known (reason connection_lost), or
+            the machine ended under it.
+    """
+    use_tty = want_tty and (stream.interactive() or (not argv and os.isatty(0)))
+    passed = {k: v for k in _PASSED if use_tty and (v := os.environ.get(k))}
+    process = stream.GuestProcess(
+        argv=argv,
+        token=access.token,
+        cwd=cwd or access.cwd,
+        env={**passed, "BANGER_VM": access.vm.name, **env},
+        user=user,
+        login=access.login,
+        tty=use_tty,
+    )
+    try:
+        return stream.run(sock, process)
+    except BangerError as e:
+        if e.reason != "connection_lost":
+            raise
+        raise _what_became_of(server, access.vm, e) from e
+
+
+def _what_became_of(server: Server, vm: VmRecord, lost: BangerError) -> BangerError:
+    """The machine's end explains a lost connection; else nobody knows."""
+    try:
+        now = server.call("vm.show", p.VmRef(vm=vm.id), VmRecord)
+    except BangerError:
+        now = None
+    if now is None or now.state != "running" or now.boot_id != vm.boot_id:
+        return BangerError(
+            "operation_failed",
+            f"VM {vm.name}: the machine ended while the command ran",
+            hint=f"banger vm logs {vm.name}",
+            reason="connection_lost",
+        )
+    return BangerError(
+        "operation_failed",
+        f"VM {vm.name}: {lost.message}; what became of the command is unknown",
+        hint=f"banger vm exec {vm.name} -- ps ax",
+        reason="connection_lost",
+    )

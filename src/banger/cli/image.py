@@ -1,0 +1,127 @@
+"""`banger image …`: root filesystems."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from banger.api import params as p
+from banger.api import results as r
+from banger.api.records import ImageRecord
+from banger.cli.complete import IMAGE
+from banger.cli.draw import print_json, progress, quiet_option, table, verbose_option
+from banger.cli.many import each
+from banger.cli.server import Server
+from banger.units import MIB, format_size
+
+if TYPE_CHECKING:
+    from banger.cli.guest_command import GuestCommand
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.command(name="list")
+@_json
+@click.pass_obj
+def list_images(guest: GuestCommand, as_json: bool) -> None:
+    """List images."""
+    guest.refuse()
+    images = Server().call("image.list", p.Empty(), list[ImageRecord])
+    if as_json:
+        print_json(images)
+        return
+    rows = [
+        (
+            i.name,
+            i.distro,
+            i.arch,
+            i.kernel_ref,
+            format_size(-(-i.rootfs_bytes // MIB) * MIB),
+            "yes" if i.managed else "no",
+            i.created_at[:19].replace("T", " "),
+        )
+        for i in images
+    ]
+    sys.stdout.write(
+        table(("NAME", "DISTRO", "ARCH", "KERNEL", "SIZE", "MANAGED", "CREATED"), rows)
+    )
+
+
+@click.command()
+@click.argument("name", type=IMAGE)
+@click.pass_obj
+def show(guest: GuestCommand, name: str) -> None:
+    """Show one image's record as JSON."""
+    guest.refuse()
+    print_json(Server().call("image.show", p.NameRef(name=name), ImageRecord))
+
+
+@click.command()
+@click.option("--name", required=True, help="Name of the new image.")
+@click.option("--recipe", required=True, metavar="NAME|FILE", help="What to build it from.")
+@click.option("--force", is_flag=True, help="Replace an image of that name that no VM uses.")
+@_json
+@quiet_option
+@verbose_option
+@click.pass_obj
+def build(
+    guest: GuestCommand,
+    name: str,
+    recipe: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Build an image from a recipe.
+
+    \b
+    banger image build --name debian-bookworm --recipe debian-bookworm
+    """
+    guest.refuse()
+    path = Path(recipe)
+    params = p.BuildImage(
+        name=name, recipe=str(path.absolute()) if path.suffix == ".toml" else recipe, force=force
+    )
+    with (
+        progress(quiet=quiet, verbose=verbose) as painter,
+        Server().stream("image.build", params, painter) as call,
+    ):
+        image = call.result(ImageRecord)
+    for missing in image.optional_missing:
+        sys.stderr.write(f"banger: warning: the optional {missing} could not be had\n")
+    if as_json:
+        print_json(image)
+    else:
+        sys.stdout.write(f"{image.name} {format_size(-(-image.rootfs_bytes // MIB) * MIB)}\n")
+
+
+@click.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=IMAGE)
+@click.pass_obj
+def verify(guest: GuestCommand, names: tuple[str, ...]) -> int:
+    """Compare stored images with the hashes that were recorded when they were made."""
+    guest.refuse()
+    server = Server()
+    return each(
+        names,
+        lambda name: server.call("image.verify", p.NameRef(name=name), ImageRecord),
+        lambda image: sys.stdout.write(f"{image.name} ok\n"),
+    )
+
+
+@click.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=IMAGE)
+@click.pass_obj
+def delete(guest: GuestCommand, names: tuple[str, ...]) -> int:
+    """Delete images that no VM uses."""
+    guest.refuse()
+    server = Server()
+    return each(
+        names,
+        lambda name: server.call("image.delete", p.NameRef(name=name), r.Deleted),
+        lambda result: sys.stdout.write(f"{result.name} deleted\n"),
+    )

@@ -1,0 +1,348 @@
+"""A guest command's streams: stdin, stdout, stderr, terminal, signals, and its exit.
+
+Speaks frames with the agent over the descriptor that the daemon passed, so that neither the
+daemon's slowness nor its end touches the command. The terminal is raw only inside `run`, and is
+restored on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import signal
+import stat
+import struct
+import sys
+import termios
+import time
+import tty
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
+from banger.errors import BangerError
+from banger.rpc.frames import FrameDecoder, FrameType, encode
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_GIVE_UP_AFTER, _GIVE_UP_WITHIN_S = 3, 2.0
+_CHUNK = 128 << 10
+_HOLD = 1 << 20  # output kept here while our reader is slow; beyond it the guest waits
+_PIPE_ATOMIC = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
+_NOT_TOLD = "the connection to the guest ended before the command did"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestProcess:
+    """What to run: `argv` empty is a login shell; `tty` gives it a terminal of our size."""
+
+    argv: tuple[str, ...]
+    token: str
+    cwd: str | None = None
+    env: dict[str, str]
+    user: str | None = None
+    login: bool = True
+    tty: bool = False
+
+    def request(self) -> Request:
+        size = terminal_size() if self.tty else None
+        params: dict[str, Any] = {
+            "argv": list(self.argv),
+            "env": self.env,
+            "login": self.login,
+            "tty": {"rows": size[0], "cols": size[1]} if size else None,
+        }
+        if self.cwd is not None:
+            params["cwd"] = self.cwd
+        if self.user is not None:
+            params["user"] = self.user
+        return Request(
+            version=PROTOCOL_VERSION,
+            method="exec",
+            params=msgspec.Raw(msgspec.json.encode(params)),
+            token=self.token,
+        )
+
+
+def terminal_size() -> tuple[int, int]:
+    """Rows and columns of the terminal on stdin or stdout; 24 by 80 when neither tells."""
+    for fd in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            packed = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
+            rows, cols, _, _ = struct.unpack("HHHH", packed)
+            if rows and cols:
+                return rows, cols
+    return 24, 80
+
+
+def run(sock: socket.socket, process: GuestProcess) -> int:
+    """Run a guest command to its end and return its exit status (128+n for signal n).
+
+    Raises:
+        BangerError: the agent refused it; connection_lost: its fate is not known here.
+    """
+    sock.setblocking(True)
+    sock.sendall(msgspec.json.encode(process.request()) + b"\n")
+    decoder = FrameDecoder()
+    rest = _read_reply(sock)
+    with _signals(tty_mode=process.tty) as pending, _raw_terminal(enabled=process.tty):
+        return _Session(sock, decoder, pending, rest, tty_mode=process.tty).run()
+
+
+def _read_reply(sock: socket.socket) -> bytes:
+    """Read the reply line; return what came behind it."""
+    buffer = b""
+    while b"\n" not in buffer:
+        data = sock.recv(_CHUNK)
+        if not data or len(buffer) > (1 << 20):
+            raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost")
+        buffer += data
+    line, _, rest = buffer.partition(b"\n")
+    reply = msgspec.json.decode(line, type=Reply)
+    if reply.error is not None:
+        raise reply.error.exception()
+    return rest
+
+
+@contextlib.contextmanager
+def _raw_terminal(*, enabled: bool) -> Iterator[None]:
+    if not enabled or not os.isatty(0):
+        yield
+        return
+    saved = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        # TCSADRAIN lets the guest's last words out first; it must not stop us on a dead terminal.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+
+
+class _Pending:
+    """Signals that arrived, and the pipe that wakes the loop for them."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.numbers: list[int] = []
+
+    def take(self) -> list[int]:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 4096)
+        taken, self.numbers = self.numbers, []
+        return taken
+
+
+@contextlib.contextmanager
+def _signals(*, tty_mode: bool) -> Iterator[_Pending]:
+    """Collect signals for forwarding while the context lasts."""
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    pending = _Pending(read)
+    wanted = (*_FORWARDED, signal.SIGWINCH) if tty_mode else _FORWARDED
+    old_handlers = {n: signal.signal(n, lambda s, _: pending.numbers.append(s)) for n in wanted}
+    old_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield pending
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+        os.close(read)
+        os.close(write)
+
+
+class _Output:
+    """One of our output descriptors and what waits to be written to it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.waiting = bytearray()
+        self.closed = False
+        mode = os.fstat(fd).st_mode
+        self._reopened = -1
+        if stat.S_ISFIFO(mode):
+            # A description of our own may be non-blocking; the shared one must stay as it is.
+            with contextlib.suppress(OSError):
+                self._reopened = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+        self._careful = self._reopened < 0 and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+
+    def flush_some(self) -> None:
+        """Write what the descriptor takes now. A reader that has gone drops the rest."""
+        fd = self._reopened if self._reopened >= 0 else self.fd
+        piece = self.waiting[: _PIPE_ATOMIC if self._careful else _CHUNK]
+        try:
+            written = os.write(fd, piece)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self.closed = True
+            self.waiting.clear()
+            return
+        del self.waiting[:written]
+
+    def close(self) -> None:
+        if self._reopened >= 0:
+            os.close(self._reopened)
+
+
+class _Session:
+    def __init__(
+        self,
+        sock: socket.socket,
+        decoder: FrameDecoder,
+        pending: _Pending,
+        rest: bytes,
+        *,
+        tty_mode: bool,
+    ) -> None:
+        self._sock = sock
+        self._decoder = decoder
+        self._pending = pending
+        self._rest = rest
+        self._tty = tty_mode
+        self._credit = 256 << 10
+        self._stdin_open = True
+        self._stdout = _Output(1)
+        self._stderr = _Output(2)
+        self._sending = bytearray()
+        self._interrupts: list[float] = []
+        self._status: int | None = None
+
+    def run(self) -> int:
+        self._sock.setblocking(False)
+        try:
+            self._take(self._rest)
+            while self._status is None or self._stdout.waiting or self._stderr.waiting:
+                self._turn()
+            return self._status
+        finally:
+            self._stdout.close()
+            self._stderr.close()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        poll.register(self._pending.fd, select.POLLIN)
+        held = len(self._stdout.waiting) + len(self._stderr.waiting)
+        events = (select.POLLIN if held < _HOLD else 0) | (select.POLLOUT if self._sending else 0)
+        if self._status is None and events:
+            poll.register(self._sock, events)
+        if self._stdin_open and self._credit > 0 and not self._sending and self._status is None:
+            poll.register(0, select.POLLIN)
+        for output in (self._stdout, self._stderr):
+            if output.waiting:
+                poll.register(output.fd, select.POLLOUT)
+        ready = dict(poll.poll())
+        if self._pending.fd in ready or self._pending.numbers:
+            self._forward_signals()
+        for output in (self._stdout, self._stderr):
+            if output.fd in ready and output.waiting:
+                output.flush_some()
+        happened = ready.get(self._sock.fileno(), 0)
+        if happened & select.POLLOUT:
+            self._flush()
+        if happened & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            self._receive()
+        if 0 in ready:
+            self._read_stdin()
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost")
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        for kind, payload in self._decoder.feed(data):
+            if kind is FrameType.STDOUT:
+                self._emit(self._stdout, payload)
+            elif kind is FrameType.STDERR:
+                self._emit(self._stderr, payload)
+            elif kind is FrameType.CREDIT:
+                self._credit += int.from_bytes(payload[:4], "big")
+            elif kind is FrameType.EXIT:
+                self._status = _status_of(msgspec.json.decode(payload))
+            elif kind is FrameType.ERROR:
+                raise msgspec.json.decode(payload, type=WireError).exception()
+
+    def _emit(self, output: _Output, payload: bytes) -> None:
+        if not output.closed:
+            output.waiting += payload
+        elif self._stdout.closed:
+            # Nobody reads any more: the command hears of it as it would on the host.
+            self._send(FrameType.SIGNAL, b'{"name":"HUP"}')
+
+    def _read_stdin(self) -> None:
+        try:
+            data = os.read(0, min(self._credit, _CHUNK))
+        except OSError as e:
+            # EIO: the terminal is gone, or we are in the background with no way to read.
+            if e.errno != errno.EIO:
+                raise
+            data = b""
+        if data:
+            self._credit -= len(data)
+            self._send(FrameType.STDIN, data)
+        else:
+            self._stdin_open = False
+            self._send(FrameType.STDIN_CLOSE)
+
+    def _forward_signals(self) -> None:
+        for number in self._pending.take():
+            if number == signal.SIGWINCH:
+                rows, cols = terminal_size()
+                self._send(FrameType.RESIZE, msgspec.json.encode({"rows": rows, "cols": cols}))
+                continue
+            if number == signal.SIGINT:
+                now = time.monotonic()
+                self._interrupts = [t for t in self._interrupts if now - t < _GIVE_UP_WITHIN_S]
+                self._interrupts.append(now)
+                if len(self._interrupts) >= _GIVE_UP_AFTER:
+                    self._send(FrameType.SIGNAL, b'{"name":"KILL"}')
+                    self._status = 130
+                    return
+            name = signal.Signals(number).name.removeprefix("SIG")
+            self._send(FrameType.SIGNAL, msgspec.json.encode({"name": name}))
+
+    def _send(self, kind: FrameType, payload: bytes = b"") -> None:
+        self._sending += encode(kind, payload)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._sending:
+            try:
+                sent = self._sock.send(self._sending)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                self._sending.clear()  # what the agent said last is still to be read
+                return
+            del self._sending[:sent]
+
+
+def _status_of(exit_document: dict[str, Any]) -> int:
+    if "signal" in exit_document:
+        name = str(exit_document["signal"]).removeprefix("SIG")
+        with contextlib.suppress(KeyError):
+            return 128 + signal.Signals[f"SIG{name}"].value
+        return 1
+    return int(exit_document["code"]) & 0xFF
+
+
+def interactive() -> bool:
+    """Whether stdin and stdout are both terminals."""
+    return sys.stdin.isatty() and sys.stdout.isatty()

@@ -1,0 +1,1 @@
+"""Settings, paths and host defaults: read once at start, passed down as values."""

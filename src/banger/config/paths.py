@@ -1,0 +1,153 @@
+"""Every path that banger uses on the host. No other module builds one.
+
+`Paths.user_mode()` reads the XDG variables once; the value is passed down from there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+
+class Paths(msgspec.Struct, frozen=True, kw_only=True):
+    """The roots of one installation, and the names below them."""
+
+    state: Path
+    cache: Path
+    runtime: Path
+    config_file: Path
+
+    @classmethod
+    def user_mode(cls) -> Paths:
+        """The roots of a user-mode installation (spec 3.2), from the XDG variables."""
+
+        def xdg(variable: str, default: str) -> Path:
+            value = os.environ.get(variable, "")
+            return (Path(value) if value.startswith("/") else Path.home() / default) / "banger"
+
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        # Whoever makes it first there: `ensure_private_directory` refuses one that is not ours.
+        fallback = Path(f"/tmp/banger-runtime-{os.geteuid()}")  # noqa: S108 - see above
+        return cls(
+            state=xdg("XDG_STATE_HOME", ".local/state"),
+            cache=xdg("XDG_CACHE_HOME", ".cache"),
+            runtime=Path(runtime) / "banger" if runtime.startswith("/") else fallback,
+            config_file=xdg("XDG_CONFIG_HOME", ".config") / "config.toml",
+        )
+
+    # The daemon
+    @property
+    def daemon_socket(self) -> Path:
+        return self.runtime / "bangerd.sock"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Held while a daemon starts, so that two first calls start one daemon."""
+        return self.runtime / "start.lock"
+
+    @property
+    def daemon_log(self) -> Path:
+        return self.state / "bangerd.log"
+
+    @property
+    def leases(self) -> Path:
+        """The root helper's ledger, one file per lease."""
+        return self.runtime / "leases"
+
+    @property
+    def database(self) -> Path:
+        return self.state / "banger.db"
+
+    # Stored things
+    @property
+    def images(self) -> Path:
+        return self.state / "images"
+
+    @property
+    def kernels(self) -> Path:
+        return self.state / "kernels"
+
+    @property
+    def templates(self) -> Path:
+        """Blank ext4 disks, one per role and size."""
+        return self.state / "templates"
+
+    @property
+    def bin(self) -> Path:
+        """Programs that banger fetched: firecracker, jailer."""
+        return self.state / "bin"
+
+    @property
+    def ssh(self) -> Path:
+        return self.state / "ssh"
+
+    @property
+    def ssh_key(self) -> Path:
+        return self.ssh / "id_ed25519"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.ssh / "known_hosts"
+
+    @property
+    def build_cache(self) -> Path:
+        """Downloads and built artefacts, each in a directory named after the hash of its inputs."""
+        return self.cache / "build"
+
+    # One VM
+    def vm(self, vm_id: str) -> VmPaths:
+        return VmPaths(
+            directory=self.state / "vms" / vm_id, runtime=self.runtime / "vms" / vm_id[:12]
+        )
+
+    @property
+    def vms(self) -> Path:
+        return self.state / "vms"
+
+
+class VmPaths(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of one VM. The runtime directory's name is short: socket paths hold 108 bytes."""
+
+    directory: Path
+    runtime: Path
+
+    @property
+    def overlay(self) -> Path:
+        return self.directory / "overlay.ext4"
+
+    @property
+    def work(self) -> Path:
+        return self.directory / "work.ext4"
+
+    @property
+    def initrd(self) -> Path:
+        return self.directory / "initrd.img"
+
+    @property
+    def handles(self) -> Path:
+        return self.directory / "handles.json"
+
+    @property
+    def secrets(self) -> Path:
+        """Token and host key (0600): made at create, read at each start."""
+        return self.directory / "secrets.json"
+
+    @property
+    def console(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.runtime / "api.sock"
+
+    @property
+    def vsock(self) -> Path:
+        """Firecracker's vsock device; the guest's connection to port P arrives at `<path>_P`."""
+        return self.runtime / "vsock.sock"
+
+    @property
+    def announce_socket(self) -> Path:
+        """Where a guest on user-mode networking announces itself."""
+        return self.runtime / "announce.sock"

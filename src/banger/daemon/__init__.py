@@ -1,0 +1,1 @@
+"""bangerd: the composition root. Makes the rooms, answers calls, watches over running VMs."""

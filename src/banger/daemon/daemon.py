@@ -1,0 +1,177 @@
+"""One daemon: its rooms, made once, and the order in which they come up and go down.
+
+It may be killed at any moment: VMs run on, and the next daemon adopts them. Idle it does nothing:
+no timer ticks, everything waits for a socket, a process or a guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from banger import __version__
+from banger.api.results import VmmVerdict
+from banger.config.settings import read_settings
+from banger.daemon import runs
+from banger.errors import BangerError
+from banger.files import ensure_private_directory
+from banger.guest.announce import Announcements
+from banger.guest.config import GitIdentity
+from banger.host.host import Host
+from banger.host.vmm_process import ProcessRef
+from banger.process import find_program, run_async
+from banger.ssh.keys import ensure_owner_key
+from banger.store.database import open_database
+from banger.store.vms import VmStore
+from banger.vm.context import VmContext
+from banger.vm.reconcile import reconcile
+from banger.vmm.probe import Verdict, probe
+from banger.vmm.select import choose_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from banger.config.paths import Paths
+    from banger.rpc.server import Server
+    from banger.vmm.driver import Driver
+
+log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """Everything that lives as long as the process."""
+
+    def __init__(self, paths: Paths, host: Host) -> None:
+        self.paths = paths
+        self.started = time.monotonic()
+        self.settings = read_settings(paths.config_file)
+        self.stopping = asyncio.Event()
+        ensure_private_directory(paths.state)
+        ensure_private_directory(paths.runtime)
+        ensure_private_directory(paths.vms)
+        self.store = VmStore(open_database(paths.database))
+        self.host = host
+        self.vms = VmContext(
+            paths=paths,
+            settings=self.settings,
+            store=self.store,
+            host=self.host,
+            announcements=Announcements(),
+            driver=self.driver,
+            authorized_keys=lambda: (ensure_owner_key(self.ssh_key),),
+            git_identity=lambda: self._git_identity,
+            bridged=self.bridged,
+        )
+        self._git_identity: GitIdentity | None = None
+        self._verdict: Verdict | None = None
+        self._driver: Driver | None = None
+        self._probing = asyncio.Lock()
+        self._guards: set[asyncio.Task[None]] = set()
+        self.server: Server | None = None
+
+    @classmethod
+    async def open(cls, paths: Paths) -> Daemon:
+        """A daemon of these paths; finds out what the host lets it do."""
+        host = await Host.open(ledger=paths.leases, log=paths.state / "banger-root.log")
+        return cls(paths, host)
+
+    @property
+    def ssh_key(self) -> Path:
+        configured = self.settings.ssh_key_path
+        return Path(configured).expanduser() if configured else self.paths.ssh_key
+
+    async def verdict(self) -> Verdict:
+        """What this host's KVM can do, found out once by running a vCPU."""
+        async with self._probing:
+            if self._verdict is None:
+                self._verdict = await asyncio.to_thread(probe)
+            return self._verdict
+
+    async def driver(self) -> Driver:
+        """The VMM that serves here, chosen once.
+
+        Raises:
+            BangerError: none is usable; the hint says what to install.
+        """
+        verdict = await self.verdict()
+        if self._driver is None:
+            self._driver = await asyncio.to_thread(
+                choose_driver, self.settings, self.paths, verdict
+            )
+        return self._driver
+
+    async def bridged(self) -> bool:
+        """Whether VMs get a tap on the bridge; else QEMU's user-mode network."""
+        if self.host.privilege.kind != "none":
+            return True
+        driver = await self.driver()
+        if driver.name != "qemu":
+            raise BangerError(
+                "operation_failed",
+                f"the firecracker driver needs a tap: {self.host.privilege.missing}",
+                hint=self.host.privilege.hint or 'set vmm = "qemu" in the configuration',
+            )
+        return False
+
+    def guard(self, vm_id: str, owner: ProcessRef) -> None:
+        """Delete an ephemeral VM when the command that it belongs to has ended."""
+        task = asyncio.get_running_loop().create_task(runs.delete_with_owner(self, vm_id, owner))
+        self._guards.add(task)
+        task.add_done_callback(self._guards.discard)
+
+    async def vmm_verdict(self) -> VmmVerdict:
+        verdict = await self.verdict()
+        try:
+            driver: str | None = (await self.driver()).name
+            problem, hint = None, None
+        except BangerError as e:
+            driver, problem, hint = None, str(e), e.hint
+        return VmmVerdict(
+            driver=driver,
+            accel=verdict.accel,
+            kvm_usable=verdict.kvm_usable,
+            evidence=verdict.evidence,
+            problem=problem,
+            hint=hint,
+        )
+
+    async def _read_git_identity(self) -> None:
+        git = find_program("git")
+        if git is None:
+            return
+        values = []
+        for key in ("user.name", "user.email"):
+            done = await run_async([git, "config", "--global", "--get", key], check=False)
+            values.append(done.stdout.decode(errors="replace").strip())
+        if all(values):
+            self._git_identity = GitIdentity(name=values[0], email=values[1])
+
+    async def run(self, server: Server, tell_ready: Callable[[], None]) -> None:
+        """Reconcile, serve until asked to stop, and leave every running VM alone."""
+        self.server = server
+        await reconcile(self.vms)
+        for vm in self.store.list():
+            if vm.ephemeral and vm.owner is not None:
+                self.guard(vm.id, ProcessRef(pid=vm.owner.pid, start_time=vm.owner.start_time))
+        await self._read_git_identity()
+        server.listen()
+        tell_ready()
+        log.info("bangerd %s listens at %s (pid %d)", __version__, server.path, os.getpid())
+        serving = asyncio.create_task(server.serve())
+        await self.stopping.wait()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await server.close()
+        for guard in list(self._guards):
+            guard.cancel()  # the owner's own delete, or the next daemon, takes care of its VM
+        await asyncio.gather(*self._guards, return_exceptions=True)
+        await self.vms.settle()
+        await self.vms.close()
+        await self.vms.announcements.close()
+        await self.host.aclose()
+        self.store.close()
+        log.info("bangerd ends")

@@ -1,0 +1,232 @@
+"""The method table: what each call of the contract does, composed from services.
+
+A handler decodes nothing and draws nothing: it gets typed parameters and returns a typed result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from banger import __version__
+from banger.api import params as p
+from banger.api import results as r
+from banger.daemon import runs, stored
+from banger.errors import BangerError
+from banger.rpc.server import Method
+from banger.store.vms import now_text
+from banger.vm import observe
+from banger.vm.change import change
+from banger.vm.cleanup import is_live
+from banger.vm.create import check_create, create
+from banger.vm.start import start
+from banger.vm.stop import check_signal, delete, kill, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from banger.api.records import VmRecord
+    from banger.daemon.daemon import Daemon
+    from banger.guest.client import Health
+    from banger.rpc.server import Call
+
+_SSH_PORT = 22
+
+
+def build_methods(daemon: Daemon) -> dict[str, Method]:
+    """Name → parameters, handler, streaming (spec 3.7). A contract test pins it."""
+
+    def method(
+        params: type, handler: Callable[..., Awaitable[Any]], *, streams: bool = False
+    ) -> Method:
+        async def bound(call: Call, decoded: Any) -> Any:
+            return await handler(daemon, call, decoded)
+
+        return Method(params=params, handler=bound, streams=streams)
+
+    return {
+        "ping": method(p.Empty, _ping),
+        "shutdown": method(p.Empty, _shutdown),
+        "daemon.status": method(p.Empty, _status),
+        "vm.run": method(p.RunVm, runs.run, streams=True),
+        "vm.create": method(p.CreateVm, _create, streams=True),
+        "vm.start": method(p.StartVm, _start, streams=True),
+        "vm.stop": method(p.StopVm, _stop),
+        "vm.restart": method(p.StartVm, _restart, streams=True),
+        "vm.kill": method(p.KillVm, _kill),
+        "vm.delete": method(p.VmRef, _delete),
+        "vm.set": method(p.SetVm, _set),
+        "vm.list": method(p.Empty, _list),
+        "vm.show": method(p.VmRef, _show),
+        "vm.stats": method(p.VmRef, _stats),
+        "vm.health": method(p.VmRef, _health),
+        "vm.ping": method(p.VmRef, _vm_ping),
+        "vm.ports": method(p.VmRef, _ports),
+        "vm.logs": method(p.VmLogs, _logs, streams=True),
+        "vm.connect": method(p.VmRef, _connect),
+        "vm.ssh": method(p.VmRef, _ssh),
+        "vm.workspace.files": method(p.ShipWorkspace, runs.list_files),
+        "image.list": method(p.Empty, stored.image_list),
+        "image.show": method(p.NameRef, stored.image_show),
+        "image.build": method(p.BuildImage, stored.image_build, streams=True),
+        "image.delete": method(p.NameRef, stored.image_delete),
+        "image.verify": method(p.NameRef, stored.image_verify),
+        "kernel.list": method(p.Empty, stored.kernel_list),
+        "kernel.show": method(p.NameRef, stored.kernel_show),
+        "kernel.pull": method(p.PullKernel, stored.kernel_pull, streams=True),
+        "kernel.delete": method(p.NameRef, stored.kernel_delete),
+        "kernel.catalog": method(p.Empty, stored.kernel_catalog),
+    }
+
+
+async def _ping(daemon: Daemon, call: Call, _: p.Empty) -> r.Pong:
+    return r.Pong(version=__version__, pid=os.getpid())
+
+
+async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> r.Pong:
+    assert daemon.server is not None
+    others = daemon.server.active - 1
+    if others > 0 or daemon.vms.busy > 0:
+        raise BangerError(
+            "operation_failed",
+            f"the daemon has {max(others, daemon.vms.busy)} operations under way",
+            hint="banger daemon status",
+            reason="in_use",
+        )
+    # After the answer, so that the client knows it was heard.
+    asyncio.get_running_loop().call_later(0, daemon.stopping.set)
+    return r.Pong(version=__version__, pid=os.getpid())
+
+
+async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
+    rss = _resident_bytes()
+    privilege = daemon.host.privilege
+    return r.DaemonStatus(
+        version=__version__,
+        pid=os.getpid(),
+        mode="user",
+        socket=str(daemon.paths.daemon_socket),
+        log=str(daemon.paths.daemon_log),
+        uptime_s=round(time.monotonic() - daemon.started, 1),
+        rss_bytes=rss,
+        vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
+        network="user" if privilege.kind == "none" else "bridge",
+        network_note=privilege.missing or None,
+        vmm=await daemon.vmm_verdict(),
+    )
+
+
+def _resident_bytes() -> int:
+    # proc_pid_statm(5), second field: resident pages.
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _create(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord:
+    check_create(params)
+    image = await stored.ensure_image(daemon, params.image, call)
+    return await create(daemon.vms, params, image, call)
+
+
+async def _start(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
+    vm = daemon.store.resolve(params.vm)
+    if is_live(daemon.vms, vm):
+        return r.Outcome(vm=vm, note=f"VM {vm.name} is running already")
+    async with daemon.vms.locked(vm.id):
+        vm = daemon.store.resolve(vm.id)
+        vm = await start(daemon.vms, vm, call, allow_overcommit=params.allow_overcommit)
+    return r.Outcome(vm=vm)
+
+
+async def _stop(daemon: Daemon, call: Call, params: p.StopVm) -> r.Outcome:
+    vm = daemon.store.resolve(params.vm)
+    vm, note = await daemon.vms.finish_alone(
+        stop(daemon.vms, vm, timeout_s=params.timeout_s), f"stop {vm.name}"
+    )
+    return r.Outcome(vm=vm, note=note)
+
+
+async def _restart(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
+    vm = daemon.store.resolve(params.vm)
+    call.stage("stop", "stopping")
+    _, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+    outcome = await _start(
+        daemon, call, p.StartVm(vm=vm.id, allow_overcommit=params.allow_overcommit)
+    )
+    return r.Outcome(vm=outcome.vm, note=note or outcome.note)
+
+
+async def _kill(daemon: Daemon, call: Call, params: p.KillVm) -> r.Outcome:
+    check_signal(params.signal)
+    vm = daemon.store.resolve(params.vm)
+    vm, note = await daemon.vms.finish_alone(kill(daemon.vms, vm, params.signal), f"kill {vm.name}")
+    return r.Outcome(vm=vm, note=note)
+
+
+async def _delete(daemon: Daemon, call: Call, params: p.VmRef) -> r.Deleted:
+    vm = daemon.store.resolve(params.vm)
+    # Nothing of a `--rm` machine is wanted any more, so its guest is not asked to stop in order.
+    note = await daemon.vms.finish_alone(
+        delete(daemon.vms, vm, kill_it=vm.ephemeral), f"delete {vm.name}"
+    )
+    return r.Deleted(name=vm.name, note=note)
+
+
+async def _set(daemon: Daemon, call: Call, params: p.SetVm) -> r.SetResult:
+    vm, later = await change(daemon.vms, daemon.store.resolve(params.vm), params)
+    return r.SetResult(vm=vm, at_next_start=later)
+
+
+async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
+    return daemon.store.list()
+
+
+async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
+    return daemon.store.resolve(params.vm)
+
+
+async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:
+    return await observe.stats(daemon.vms, daemon.store.resolve(params.vm))
+
+
+async def _health(daemon: Daemon, call: Call, params: p.VmRef) -> Health:
+    return await daemon.vms.client(daemon.store.resolve(params.vm)).health()
+
+
+async def _vm_ping(daemon: Daemon, call: Call, params: p.VmRef) -> r.Ping:
+    vm = daemon.store.resolve(params.vm)
+    client = daemon.vms.client(vm)
+    began = time.perf_counter()
+    await client.call("hello", {}, dict[str, Any])
+    return r.Ping(vm=vm.name, round_trip_ms=round((time.perf_counter() - began) * 1000, 2))
+
+
+async def _ports(daemon: Daemon, call: Call, params: p.VmRef) -> list[r.PortRow]:
+    return await observe.ports(daemon.vms, daemon.store.resolve(params.vm))
+
+
+async def _logs(daemon: Daemon, call: Call, params: p.VmLogs) -> None:
+    vm = daemon.store.resolve(params.vm)
+    async for chunk in observe.logs(daemon.vms, vm, tail=params.tail, follow=params.follow):
+        await call.data(chunk)
+
+
+async def _connect(daemon: Daemon, call: Call, params: p.VmRef) -> None:
+    vm = daemon.store.resolve(params.vm)
+    await runs.answer_with_agent(daemon, call, vm, lambda access: access)
+
+
+async def _ssh(daemon: Daemon, call: Call, params: p.VmRef) -> r.SshAccess:
+    vm = daemon.store.resolve(params.vm)
+    listeners = await daemon.vms.client(vm).ports()
+    vm = daemon.store.update(vm.id, touched_at=now_text())
+    return r.SshAccess(
+        vm=vm,
+        sshd=any(x.proto == "tcp" and x.port == _SSH_PORT for x in listeners),
+        address=vm.address,
+        port=_SSH_PORT,
+        key=str(daemon.ssh_key),
+        known_hosts=str(daemon.paths.known_hosts),
+    )

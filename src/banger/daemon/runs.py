@@ -1,0 +1,114 @@
+"""`vm.run`: image, VM, workspace and a connected agent in one call; and the pieces of it.
+
+The connected descriptor goes to the client, so that a command's bytes never pass through the
+daemon, and the daemon's end does not end the command.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from banger.api import params as p
+from banger.api import results as r
+from banger.api.records import OwnerProcess, VmRecord
+from banger.daemon import ships, stored
+from banger.errors import BangerError
+from banger.host.vmm_process import ProcessRef, find_process, wait_exit
+from banger.store.vms import now_text
+from banger.vm.create import check_create, create
+from banger.vm.handles import read_secrets
+from banger.vm.stop import delete
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from banger.daemon.daemon import Daemon
+    from banger.rpc.server import Call
+
+
+async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
+    """Everything of `banger vm run` up to the moment where the guest command can start."""
+    check_create(params.create)
+    shipment = None
+    if params.workspace is not None:
+        call.stage("inspect", "inspecting the repository", params.workspace.path)
+        shipment = await ships.inspect(daemon, params.workspace)
+    image = await stored.ensure_image(daemon, params.create.image, call)
+    vm = await create(daemon.vms, params.create, image, call, ephemeral=params.rm)
+    try:
+        if params.rm:
+            vm = _guard(daemon, vm, call.peer_pid)
+        workspace, files, size = None, 0, 0
+        if shipment is not None:
+            call.stage("workspace", "copying the repository", shipment.guest_path)
+            workspace, files, size = await ships.ship(daemon, vm, shipment, call)
+            vm = daemon.store.update(vm.id, workspace=workspace)
+
+        def answer(access: r.AgentAccess) -> r.RunResult:
+            return r.RunResult(
+                vm=access.vm, access=access, workspace=workspace, files=files, bytes=size
+            )
+
+        await answer_with_agent(daemon, call, vm, answer, subdirectory=_below(shipment))
+    except BangerError as e:
+        if params.rm:
+            await daemon.vms.finish_alone(
+                delete(daemon.vms, vm, kill_it=True), "delete after failure"
+            )
+        else:
+            e.also.append(f"VM {vm.name} was created and still runs")
+        raise
+
+
+def _below(shipment: ships.Shipment | None) -> str | None:
+    return shipment.working_directory if shipment is not None else None
+
+
+def _guard(daemon: Daemon, vm: VmRecord, owner_pid: int) -> VmRecord:
+    """Tie an ephemeral VM to the command that asked for it, however that command ends."""
+    owner = find_process(owner_pid)
+    if owner is None:
+        raise BangerError("operation_failed", "the command that asked for the VM is gone")
+    vm = daemon.store.update(vm.id, owner=OwnerProcess(pid=owner.pid, start_time=owner.start_time))
+    daemon.guard(vm.id, owner)
+    return vm
+
+
+async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> None:
+    """Wait for the owner's end, then delete its VM unless the owner did that itself."""
+    await wait_exit(owner)
+    vm = daemon.store.find(vm_id)
+    if vm is not None:
+        await daemon.vms.finish_alone(delete(daemon.vms, vm, kill_it=True), f"delete {vm.name}")
+
+
+async def answer_with_agent(
+    daemon: Daemon,
+    call: Call,
+    vm: VmRecord,
+    build: Callable[[r.AgentAccess], Any],
+    *,
+    subdirectory: str | None = None,
+) -> None:
+    """Connect to the VM's agent and answer the call with the descriptor."""
+    sock = await daemon.vms.client(vm).open()
+    try:
+        vm = daemon.store.update(vm.id, touched_at=now_text())
+        access = r.AgentAccess(
+            vm=vm,
+            token=read_secrets(daemon.vms.vm_paths(vm.id)).token,
+            cwd=subdirectory or (vm.workspace.guest_path if vm.workspace else None),
+            login=True,
+        )
+        # The client reads it with blocking calls; the flag belongs to the shared description.
+        os.set_blocking(sock.fileno(), True)
+        await call.finish(build(access), fds=(sock.fileno(),))
+    finally:
+        sock.close()
+
+
+async def list_files(daemon: Daemon, call: Call, params: p.ShipWorkspace) -> r.FileList:
+    """What `--dry-run` prints: exactly the files that would be shipped."""
+    shipment = await ships.inspect(daemon, params)
+    return r.FileList(names=await ships.names(daemon, shipment))

@@ -1,0 +1,225 @@
+"""Calls to the guest agent. The guest is hostile: every reply has a size and a time limit.
+
+A client holds no connection: each call makes one and closes it, except `open`, which gives a
+connected socket away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import msgspec
+
+from banger.api.base import Wire
+from banger.api.envelope import PROTOCOL_VERSION, Request, WireError
+from banger.errors import BangerError
+from banger.guest.endpoint import Endpoint, connect
+from banger.rpc import frames
+from banger.rpc.blocking import BlockingChannel
+from banger.rpc.channel import Channel, connection_lost, decode_reply
+from banger.rpc.frames import FrameType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_CONNECT_S = 5.0
+_CALL_S = 15.0
+_ITEMS = 4096
+
+
+class Health(Wire, frozen=True, kw_only=True):
+    agent_version: str
+    protocol: int
+    boot_id: str
+    uptime_s: float
+    hostname: str
+    init: str
+    init_state: str = ""
+
+
+class Listener(Wire, frozen=True, kw_only=True):
+    proto: str
+    address: str
+    port: int
+    pid: int = 0
+    process: str = ""
+
+
+class Memory(Wire, frozen=True, kw_only=True):
+    total_bytes: int
+    available_bytes: int
+
+
+class Filesystem(Wire, frozen=True, kw_only=True):
+    path: str
+    total_bytes: int
+    free_bytes: int
+
+
+class GuestStats(Wire, frozen=True, kw_only=True):
+    uptime_s: float
+    load: tuple[float, ...]
+    memory: Memory
+    filesystems: tuple[Filesystem, ...] = ()
+
+
+class Transferred(Wire, frozen=True, kw_only=True):
+    """What a put or get moved."""
+
+    files: int
+    bytes: int
+
+
+class _Ports(Wire, frozen=True, kw_only=True):
+    listeners: tuple[Listener, ...] = ()
+
+
+class GuestClient:
+    """The agent of one VM, reached at `endpoint` with the VM's token."""
+
+    def __init__(self, endpoint: Endpoint, token: str) -> None:
+        self._endpoint = endpoint
+        self._token = token
+
+    def request(self, method: str, params: dict[str, Any]) -> Request:
+        return Request(
+            version=PROTOCOL_VERSION,
+            method=method,
+            params=msgspec.Raw(msgspec.json.encode(params)),
+            token=self._token,
+        )
+
+    async def open(self, *, timeout_s: float = _CONNECT_S) -> socket.socket:
+        """A connected socket on which nothing was said yet; the caller owns it."""
+        return await connect(self._endpoint, timeout_s=timeout_s)
+
+    async def call(
+        self,
+        method: str,
+        params: dict[str, Any],
+        result: type[T],
+        *,
+        timeout_s: float = _CALL_S,
+        connect_s: float = _CONNECT_S,
+    ) -> T:
+        """One call with one result.
+
+        Raises:
+            BangerError: the agent's own error; guest_not_ready; connection_lost; a reply that
+                does not have the shape it must have.
+        """
+        doing = f"asking the guest agent for {method}"
+        channel = Channel(await self.open(timeout_s=connect_s))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await channel.write_document(self.request(method, params))
+                reply = decode_reply(await channel.read_line(), doing)
+            return msgspec.convert(reply.result, type=result)
+        except TimeoutError as e:
+            raise BangerError(
+                "operation_failed",
+                f"{doing}: no answer within {timeout_s:g} s",
+                reason="guest_not_ready",
+            ) from e
+        except msgspec.ValidationError as e:
+            raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
+        finally:
+            channel.close()
+
+    async def health(self) -> Health:
+        return await self.call("health", {}, Health)
+
+    async def stats(self) -> GuestStats:
+        return await self.call("stats", {}, GuestStats)
+
+    async def ports(self) -> tuple[Listener, ...]:
+        """Listening sockets, at most 4096 of them."""
+        return (await self.call("ports", {}, _Ports)).listeners[:_ITEMS]
+
+    async def sync(self) -> None:
+        await self.call("sync", {}, dict[str, Any], timeout_s=60)
+
+    async def set_time(self) -> None:
+        await self.call("time", {"unix_ns": time.time_ns()}, dict[str, Any])
+
+    async def reseed(self, seed: bytes) -> None:
+        await self.call("entropy", {"seed": base64.b64encode(seed).decode()}, dict[str, Any])
+
+    async def shutdown(self, *, grace_s: float, connect_s: float) -> None:
+        """Ask the guest to stop. It has answered when this returns; it ends some time later."""
+        await self.call("shutdown", {"grace_s": grace_s}, dict[str, Any], connect_s=connect_s)
+
+    async def put(
+        self, path: str, write_tar: Callable[[BinaryIO], T], *, mode: str = "replace"
+    ) -> tuple[T, Transferred]:
+        """Send one tar stream that `write_tar` writes (in a worker thread) to the directory `path`.
+
+        Cancelling closes the connection, so that the guest keeps its old tree and the writer
+        fails at its next write.
+        """
+        sock = await self.open()
+        sock.setblocking(True)
+        work = asyncio.ensure_future(asyncio.to_thread(self._put, sock, path, mode, write_tar))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            sock.shutdown(socket.SHUT_RDWR)
+            await asyncio.gather(work, return_exceptions=True)
+            raise
+        finally:
+            sock.close()
+
+    def _put(
+        self, sock: socket.socket, path: str, mode: str, write_tar: Callable[[BinaryIO], T]
+    ) -> tuple[T, Transferred]:
+        doing = f"copying files to {path} in the guest"
+        channel = BlockingChannel(sock)
+        try:
+            channel.write_document(self.request("put", {"path": path, "mode": mode, "owner": None}))
+            decode_reply(channel.read_line(), doing)
+            try:
+                with io.BufferedWriter(_DataFrames(channel), frames.PAYLOAD_LIMIT) as out:
+                    written = write_tar(out)
+                channel.write_frame(FrameType.DATA_END)
+            except BrokenPipeError:
+                # The agent gave up; its last frame says why.
+                _final_frame(channel, doing)
+                raise
+            payload = _final_frame(channel, doing)
+            return written, msgspec.json.decode(payload, type=Transferred)
+        except OSError as e:
+            if isinstance(e, ConnectionError):
+                raise connection_lost(doing) from e
+            raise BangerError("operation_failed", f"{doing}: {e.strerror or e}") from e
+
+
+def _final_frame(channel: BlockingChannel, doing: str) -> bytes:
+    while (frame := channel.read_frame()) is not None:
+        kind, payload = frame
+        if kind is FrameType.ERROR:
+            raise msgspec.json.decode(payload, type=WireError).exception()
+        if kind is FrameType.RESULT:
+            return payload
+    raise connection_lost(doing)
+
+
+class _DataFrames(io.RawIOBase):
+    """A file that turns what is written to it into data frames."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)[: frames.PAYLOAD_LIMIT]
+        self._channel.write_frame(FrameType.DATA, bytes(view))
+        return len(view)

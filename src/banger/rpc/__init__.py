@@ -1,0 +1,1 @@
+"""The wire: lines, frames, descriptors. One implementation for daemon, helper and agent calls."""

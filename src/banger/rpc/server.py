@@ -1,0 +1,283 @@
+"""The daemon's socket: one request a connection, dispatched by a table of methods.
+
+A client that closes its socket cancels its handler; what must outlive the call runs in tasks of the
+daemon's own. Errors are logged here, once, with the operation id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
+from banger.errors import BangerError
+from banger.rpc import frames
+from banger.rpc.channel import Channel
+from banger.rpc.frames import FrameType
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+current_op: contextvars.ContextVar[str] = contextvars.ContextVar("op_id", default="")
+
+_BACKLOG = 64
+# What a command of another version needs in order to replace the daemon.
+_ANY_VERSION = frozenset({"ping", "shutdown", "daemon.status"})
+_FIRST_LINE_S = 10.0
+
+
+class Call:
+    """One request while it is being answered: how its handler talks back."""
+
+    def __init__(self, channel: Channel, request: Request, op_id: str, peer_pid: int) -> None:
+        self.channel = channel
+        self.request = request
+        self.op_id = op_id
+        self.peer_pid = peer_pid
+        self.streaming = False
+        self.answered = False
+        self._loop = asyncio.get_running_loop()
+        self._pending: set[asyncio.Task[None]] = set()
+
+    async def begin_stream(self) -> None:
+        self.streaming = True
+        await self.channel.write_document(Reply(stream=True, op_id=self.op_id))
+
+    async def event(self, event: dict[str, Any]) -> None:
+        await self.channel.write_frame(FrameType.EVENT, msgspec.json.encode(event))
+
+    async def data(self, chunk: bytes) -> None:
+        await self.channel.write_frame(FrameType.DATA, chunk)
+
+    async def finish(self, result: Any, *, fds: tuple[int, ...] = ()) -> None:
+        """Send the one answer. The descriptors stay the caller's to close."""
+        await self.drain_events()
+        self.answered = True
+        encoded = msgspec.json.encode(result)
+        if self.streaming:
+            message = frames.encode(FrameType.RESULT, encoded)
+        else:
+            reply = Reply(result=msgspec.Raw(encoded), op_id=self.op_id, fds=len(fds))
+            message = msgspec.json.encode(reply) + b"\n"
+        if fds:
+            await self.channel.write_with_fds(message, fds)
+        else:
+            await self.channel.write(message)
+
+    async def fail(self, error: BangerError) -> None:
+        if self.answered:
+            return
+        self.answered = True
+        wire = WireError.of(error, self.op_id)
+        if self.streaming:
+            await self.channel.write_frame(FrameType.ERROR, msgspec.json.encode(wire))
+        else:
+            await self.channel.write_document(Reply(error=wire, op_id=self.op_id))
+
+    # A reporter for the rooms and their worker threads: progress must never block or fail what it
+    # reports on, so it is sent by tasks of its own, in order.
+    def _send_soon(self, event: dict[str, Any]) -> None:
+        if self.streaming and not self.answered:
+            self._loop.call_soon_threadsafe(self._start_sending, event)
+
+    def _start_sending(self, event: dict[str, Any]) -> None:
+        async def send() -> None:
+            with contextlib.suppress(BangerError):
+                if not self.answered:
+                    await self.event(event)
+
+        task = self._loop.create_task(send())
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+    def stage(self, stage: str, label: str, detail: str = "") -> None:
+        self._send_soon({"stage": stage, "label": label, "detail": detail})
+
+    def advance(self, done: int, total: int | None = None, detail: str = "") -> None:
+        self._send_soon({"done": done, "total": total, "detail": detail})
+
+    def warn(self, message: str) -> None:
+        self._send_soon({"warning": message})
+
+    async def drain_events(self) -> None:
+        await asyncio.sleep(0)  # lets what a thread reported last become a task
+        if self._pending:
+            await asyncio.gather(*self._pending, return_exceptions=True)
+
+
+Handler = Callable[[Call, Any], Awaitable[Any]]
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the method table. `streams`: the handler's result ends a stream of frames."""
+
+    params: type
+    handler: Handler
+    streams: bool = False
+
+
+class Server:
+    """Listens on one Unix socket until closed."""
+
+    def __init__(
+        self, path: Path, methods: Mapping[str, Method], *, owner_uid: int, version: str
+    ) -> None:
+        self.path = path
+        self._methods = methods
+        self._owner_uid = owner_uid
+        self._version = version
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._socket: socket.socket | None = None
+        self.requests = 0
+
+    @property
+    def active(self) -> int:
+        """Requests being answered now."""
+        return len(self._tasks)
+
+    def listen(self) -> None:
+        """Bind the socket (0600). The caller holds the start lock, so a leftover may be removed."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        fd = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.bind(f"/proc/self/fd/{fd}/{self.path.name}")
+        finally:
+            os.close(fd)
+        sock.listen(_BACKLOG)
+        self._socket = sock
+
+    async def serve(self) -> None:
+        """Accept until cancelled."""
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._socket)
+            task = loop.create_task(self._connection(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self, *, unlink: bool = True) -> None:
+        if self._socket is not None:
+            if unlink:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.unlink()
+            self._socket.close()
+        me = asyncio.current_task()
+        for task in list(self._tasks):
+            if task is not me:
+                task.cancel()
+        await asyncio.gather(*(t for t in self._tasks if t is not me), return_exceptions=True)
+
+    async def _connection(self, sock: socket.socket) -> None:
+        channel = Channel(sock)
+        try:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            pid, uid, _ = struct.unpack("3i", credentials)
+            try:
+                async with asyncio.timeout(_FIRST_LINE_S):
+                    line = await channel.read_line()
+            except TimeoutError:
+                return
+            except BangerError as e:
+                await channel.write_document(Reply(error=WireError.of(e)))
+                return
+            if line is None:
+                return
+            await self._answer(channel, line, pid, uid)
+        except BangerError as e:
+            # Only the peer's going away ends here; the handler's own errors were answered.
+            log.debug("connection ended: %s", e)
+        finally:
+            channel.close()
+
+    async def _answer(self, channel: Channel, line: bytes, pid: int, uid: int) -> None:
+        op_id = f"op-{secrets.token_hex(3)}"
+        current_op.set(op_id)
+        started = time.monotonic()
+        self.requests += 1
+        try:
+            request = msgspec.json.decode(line, type=Request)
+        except (msgspec.DecodeError, RecursionError) as e:
+            error = BangerError("bad_request", f"the request line is malformed: {e}")
+            await channel.write_document(Reply(error=WireError.of(error, op_id)))
+            return
+        call = Call(channel, request, op_id, pid)
+        try:
+            method, params = self._decode(request, uid)
+            if method.streams:
+                await call.begin_stream()
+            result = await self._cancelled_by_close(channel, method.handler(call, params))
+            if not call.answered:
+                await call.finish(result)
+        except BangerError as e:
+            log.info("%s failed: %s: %s", request.method, e.code, e)
+            await call.drain_events()
+            await call.fail(e)
+        except asyncio.CancelledError:
+            log.info("%s cancelled", request.method)
+            raise
+        except Exception as e:
+            log.exception("%s failed unexpectedly", request.method)
+            error = BangerError(
+                "operation_failed",
+                f"{request.method}: unexpected {type(e).__name__}: {e}",
+                hint="banger daemon status",
+            )
+            await call.fail(error)
+        finally:
+            log.debug("%s %.1f ms", request.method, (time.monotonic() - started) * 1000)
+
+    def _decode(self, request: Request, uid: int) -> tuple[Method, Any]:
+        if uid not in (self._owner_uid, 0):
+            raise BangerError("unauthorized", f"uid {uid} is not the owner of this daemon")
+        if request.version != PROTOCOL_VERSION:
+            raise BangerError(
+                "bad_version",
+                f"the daemon speaks protocol {PROTOCOL_VERSION}, not {request.version}",
+                hint="banger daemon stop",
+            )
+        if (
+            request.program is not None
+            and request.program != self._version
+            and request.method not in _ANY_VERSION
+        ):
+            raise BangerError(
+                "bad_version",
+                f"the daemon is version {self._version}, the command {request.program}",
+                hint="banger daemon stop",
+            )
+        method = self._methods.get(request.method)
+        if method is None:
+            raise BangerError("unknown_method", f"there is no method {request.method!r}")
+        try:
+            return method, msgspec.json.decode(request.params, type=method.params)
+        except (msgspec.DecodeError, RecursionError) as e:
+            raise BangerError("bad_request", f"{request.method}: {e}") from e
+
+    async def _cancelled_by_close(self, channel: Channel, answer: Awaitable[Any]) -> Any:
+        handler = asyncio.ensure_future(answer)
+        gone = asyncio.ensure_future(channel.closed())
+        try:
+            await asyncio.wait({handler, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not handler.done():
+                handler.cancel()
+            # Its rollback is waited for, whoever asked for the end.
+            await asyncio.gather(gone, handler, return_exceptions=True)
+        return handler.result()

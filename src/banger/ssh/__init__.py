@@ -1,0 +1,1 @@
+"""Keys and known_hosts of banger's own: made here, never the user's files."""

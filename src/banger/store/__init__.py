@@ -1,0 +1,1 @@
+"""The database: which VMs there are. One connection, owned by the daemon."""

@@ -1,0 +1,6 @@
+CREATE TABLE vms (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    address TEXT UNIQUE,
+    record TEXT NOT NULL
+) STRICT;

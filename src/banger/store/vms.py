@@ -1,0 +1,141 @@
+"""VM rows: names and addresses are unique here, and nowhere else is that decided."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from banger.api.records import VmRecord
+from banger.errors import BangerError
+from banger.names import generate_vm_name, short_id
+
+if TYPE_CHECKING:
+    import ipaddress
+    import sqlite3
+    from collections.abc import Callable
+
+
+def now_text() -> str:
+    """This moment in UTC, RFC 3339, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class VmStore:
+    """Reads and writes VM records. Every method is one short transaction."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def close(self) -> None:
+        self._db.close()
+
+    def list(self) -> list[VmRecord]:
+        rows = self._db.execute("SELECT record FROM vms").fetchall()
+        records = [msgspec.json.decode(r, type=VmRecord) for (r,) in rows]
+        return sorted(records, key=lambda vm: vm.name)
+
+    def find(self, vm_id: str) -> VmRecord | None:
+        row = self._db.execute("SELECT record FROM vms WHERE id = ?", (vm_id,)).fetchone()
+        return msgspec.json.decode(row[0], type=VmRecord) if row else None
+
+    def resolve(self, ref: str) -> VmRecord:
+        """The VM of a name, an id, or a unique id prefix of at least 4 characters.
+
+        Raises:
+            BangerError: not_found (near names in the message), bad_request when ambiguous.
+        """
+        vms = self.list()
+        for vm in vms:
+            if ref in (vm.name, vm.id):
+                return vm
+        if len(ref) >= 4:
+            matches = [vm for vm in vms if vm.id.startswith(ref)]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                which = ", ".join(f"{vm.name} ({short_id(vm.id)})" for vm in matches)
+                raise BangerError(
+                    "bad_request",
+                    f"{ref!r} fits several VMs: {which}",
+                    hint="banger vm list",
+                    reason="ambiguous_ref",
+                )
+        import difflib
+
+        near = difflib.get_close_matches(ref, [vm.name for vm in vms], n=1)
+        extra = f"; did you mean {near[0]!r}?" if near else ""
+        raise BangerError("not_found", f"there is no VM {ref!r}{extra}", hint="banger vm list")
+
+    def reserve(
+        self,
+        name: str | None,
+        subnet: ipaddress.IPv4Network | None,
+        taken_by_host: frozenset[str],
+        build: Callable[[str, str], VmRecord],
+    ) -> VmRecord:
+        """Insert a new VM under a free name and the lowest free address, in one transaction.
+
+        `name` None generates one. `subnet` None reserves no address (user-mode networking).
+        `build` makes the record of a name and an address.
+
+        Raises:
+            BangerError: already_exists; operation_failed with reason address_exhausted.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            rows = self._db.execute("SELECT name, address FROM vms").fetchall()
+            names = {n for n, _ in rows}
+            if name is None:
+                name = generate_vm_name(names.__contains__)
+            elif name in names:
+                raise BangerError(
+                    "already_exists",
+                    f"a VM named {name!r} exists already",
+                    hint=f"banger vm ssh {name}",
+                )
+            address = ""
+            if subnet is not None:
+                address = _lowest_free(subnet, {a for _, a in rows} | taken_by_host)
+            record = build(name, address)
+            self._db.execute(
+                "INSERT INTO vms (id, name, address, record) VALUES (?, ?, ?, ?)",
+                (record.id, record.name, address or None, msgspec.json.encode(record).decode()),
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        return record
+
+    def update(self, vm_id: str, **changes: Any) -> VmRecord:
+        """Change fields of a record; `updated_at` follows.
+
+        Raises:
+            BangerError: not_found.
+        """
+        record = self.find(vm_id)
+        if record is None:
+            raise BangerError("not_found", f"VM {short_id(vm_id)} is gone", hint="banger vm list")
+        record = msgspec.structs.replace(record, updated_at=now_text(), **changes)
+        self._db.execute(
+            "UPDATE vms SET record = ? WHERE id = ?",
+            (msgspec.json.encode(record).decode(), vm_id),
+        )
+        return record
+
+    def delete(self, vm_id: str) -> None:
+        self._db.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+
+
+def _lowest_free(subnet: ipaddress.IPv4Network, taken: set[str]) -> str:
+    for host in subnet.hosts():
+        if str(host) not in taken:
+            return str(host)
+    raise BangerError(
+        "operation_failed",
+        f"no address is free in {subnet}: every VM holds one, running or not",
+        hint="banger vm prune",
+        reason="address_exhausted",
+    )

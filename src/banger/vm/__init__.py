@@ -1,0 +1,1 @@
+"""VMs: created, started, watched, stopped, deleted, and found again after a crash."""

@@ -1,0 +1,61 @@
+"""`vm set`: sizes that grow, CPUs and memory that change at the next start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from banger.config.settings import host_memory_mib
+from banger.errors import BangerError
+from banger.units import format_size
+from banger.vm.cleanup import is_live
+from banger.vm.create import check_sizes
+
+if TYPE_CHECKING:
+    from banger.api.params import SetVm
+    from banger.api.records import VmRecord
+    from banger.vm.context import VmContext
+
+
+async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord, tuple[str, ...]]:
+    """Store the new sizes; return the record and what waits for the next start.
+
+    The disks' files are extended by that start, and the agent grows the mounted filesystems.
+
+    Raises:
+        BangerError: bad_request: out of range, smaller than now, or nothing to change.
+    """
+    check_sizes(params.vcpu, params.memory_mib, params.disk_bytes, params.overlay_bytes)
+    if params.memory_mib is not None and params.memory_mib > host_memory_mib():
+        raise BangerError(
+            "bad_request",
+            f"--memory {params.memory_mib} MiB is more than this host's {host_memory_mib()} MiB",
+            hint="banger vm set --help",
+        )
+    async with ctx.locked(vm.id):
+        changes: dict[str, Any] = {}
+        for flag, field, new in (
+            ("--disk-size", "work_disk_bytes", params.disk_bytes),
+            ("--system-overlay-size", "overlay_bytes", params.overlay_bytes),
+        ):
+            old = getattr(vm, field)
+            if new is not None and new < old:
+                raise BangerError(
+                    "bad_request",
+                    f"{flag} {format_size(new)}: disks only grow; it has {format_size(old)} now",
+                    hint=f"banger vm show {vm.name}",
+                )
+            if new is not None:
+                changes[field] = new
+        if params.vcpu is not None:
+            changes["vcpu"] = params.vcpu
+        if params.memory_mib is not None:
+            changes["memory_mib"] = params.memory_mib
+        if not changes:
+            raise BangerError(
+                "bad_request",
+                "nothing to change: name --vcpu, --memory, --disk-size or --system-overlay-size",
+                hint="banger vm set --help",
+            )
+        live = is_live(ctx, vm)
+        vm = ctx.store.update(vm.id, **changes)
+        return vm, tuple(changes) if live else ()

@@ -1,0 +1,118 @@
+"""What every VM operation needs, made once by the daemon and passed down.
+
+Holds the locks (one per VM) and the watchers (one task per running VM, which ends when the VMM
+does). Nothing here outlives the daemon; the VMs do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from banger.errors import BangerError
+from banger.vm.handles import read_secrets
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from banger.api.records import VmRecord
+    from banger.config.paths import Paths, VmPaths
+    from banger.config.settings import Settings
+    from banger.guest.announce import Announcements
+    from banger.guest.config import GitIdentity
+    from banger.host.host import Host
+    from banger.store.vms import VmStore
+    from banger.vm.handles import Handles
+    from banger.vmm.driver import Driver
+
+from banger.guest.client import GuestClient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class VmContext:
+    """The rooms that VM operations use. `driver` decides, once, which VMM serves."""
+
+    paths: Paths
+    settings: Settings
+    store: VmStore
+    host: Host
+    announcements: Announcements
+    driver: Callable[[], Coroutine[Any, Any, Driver]]
+    authorized_keys: Callable[[], tuple[str, ...]]
+    git_identity: Callable[[], GitIdentity | None]
+    bridged: Callable[[], Coroutine[Any, Any, bool]]
+    handles: dict[str, Handles] = field(default_factory=dict)
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _background: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def vm_paths(self, vm_id: str) -> VmPaths:
+        return self.paths.vm(vm_id)
+
+    @contextlib.asynccontextmanager
+    async def locked(self, vm_id: str) -> AsyncIterator[None]:
+        """The order of operations on one VM. Never held while a guest runs the user's work."""
+        lock = self._locks.setdefault(vm_id, asyncio.Lock())
+        async with lock:
+            yield
+
+    def forget(self, vm_id: str) -> None:
+        """A deleted VM needs no lock any more."""
+        self._locks.pop(vm_id, None)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], what: str) -> asyncio.Task[Any]:
+        """Work that belongs to nobody's request: it goes on when the client has left."""
+        task = asyncio.get_running_loop().create_task(work, name=what)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def finish_alone(self, work: Coroutine[Any, Any, Any], what: str) -> Any:
+        """Await work that a client's leaving must not stop half-way."""
+        return await asyncio.shield(self.spawn(work, what))
+
+    async def settle(self) -> None:
+        """Wait for background work; for the daemon's own end."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    @property
+    def busy(self) -> int:
+        return len(self._background)
+
+    def watch(self, vm_id: str, watcher: Coroutine[Any, Any, None]) -> None:
+        self._watchers[vm_id] = asyncio.get_running_loop().create_task(
+            watcher, name=f"watch {vm_id[:8]}"
+        )
+
+    def unwatch(self, vm_id: str) -> None:
+        watcher = self._watchers.pop(vm_id, None)
+        if watcher is not None and watcher is not asyncio.current_task():
+            watcher.cancel()
+
+    async def close(self) -> None:
+        """Stop watching. Running VMs are not touched."""
+        watchers = list(self._watchers.values())
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+
+    def client(self, vm: VmRecord) -> GuestClient:
+        """The agent of a running VM.
+
+        Raises:
+            BangerError: not_running.
+        """
+        handles = self.handles.get(vm.id)
+        if vm.state != "running" or handles is None:
+            why = f" ({vm.last_error})" if vm.last_error else ""
+            raise BangerError(
+                "not_running",
+                f"VM {vm.name} is {vm.state}{why}",
+                hint=f"banger vm start {vm.name}",
+            )
+        return GuestClient(handles.endpoint, read_secrets(self.vm_paths(vm.id)).token)

@@ -1,0 +1,148 @@
+"""Create: name, address, row, secrets; then start. A failure leaves no row, lease or file."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from banger.api.records import ImageRecord, VmRecord
+from banger.config.settings import host_memory_mib
+from banger.errors import BangerError
+from banger.files import ensure_private_directory, remove_tree, write_atomic
+from banger.host.lease import derive_mac
+from banger.names import check_vm_name, new_vm_id
+from banger.ssh.keys import generate_key
+from banger.ssh.known_hosts import replace_host
+from banger.store.vms import now_text
+from banger.units import GIB, MIB, format_size
+from banger.vm import admission
+from banger.vm.handles import Secrets
+from banger.vm.start import start
+
+if TYPE_CHECKING:
+    from banger.api.params import CreateVm
+    from banger.progress import Reporter
+    from banger.vm.context import VmContext
+
+_MOST_VCPU = 32
+_LEAST_MEMORY_MIB = 128
+_MOST_DISK = 128 * GIB
+_LEAST_DISK = 64 * MIB
+_USER_MAC = "06:00:0a:00:02:0f"
+
+
+def check_create(params: CreateVm) -> None:
+    """Refuse what can be refused without looking at anything but the request and the host's size.
+
+    Raises:
+        BangerError: bad_request, naming the flag and what is allowed.
+    """
+    if params.name is not None:
+        check_vm_name(params.name)
+    host_mib = host_memory_mib()
+    check_sizes(params.vcpu, params.memory_mib, params.disk_bytes, params.overlay_bytes)
+    if params.memory_mib > host_mib:
+        raise _refused(
+            "--memory", f"{params.memory_mib} MiB", f"at most this host's {host_mib} MiB"
+        )
+
+
+def check_sizes(
+    vcpu: int | None, memory_mib: int | None, disk_bytes: int | None, overlay_bytes: int | None
+) -> None:
+    """Raises BangerError, bad_request, for the first size out of range; None is not looked at."""
+    if vcpu is not None and not 1 <= vcpu <= _MOST_VCPU:
+        raise _refused("--vcpu", str(vcpu), f"1 to {_MOST_VCPU}")
+    if memory_mib is not None and memory_mib < _LEAST_MEMORY_MIB:
+        raise _refused("--memory", f"{memory_mib} MiB", f"{_LEAST_MEMORY_MIB} MiB or more")
+    for flag, size in (("--disk-size", disk_bytes), ("--system-overlay-size", overlay_bytes)):
+        if size is not None and not _LEAST_DISK <= size <= _MOST_DISK:
+            raise _refused(
+                flag,
+                format_size(max(size, 0)),
+                f"{format_size(_LEAST_DISK)} to {format_size(_MOST_DISK)}",
+            )
+
+
+def _refused(flag: str, value: str, allowed: str) -> BangerError:
+    return BangerError(
+        "bad_request", f"{flag} {value} is out of range: {allowed}", hint="banger vm run --help"
+    )
+
+
+async def create(
+    ctx: VmContext,
+    params: CreateVm,
+    image: ImageRecord,
+    report: Reporter,
+    *,
+    ephemeral: bool = False,
+) -> VmRecord:
+    """Reserve and, unless `params.start` is false, start a VM of an image that is present.
+
+    Raises:
+        BangerError: nothing of the VM is left then, except with reason guest_not_ready.
+    """
+    bridged = await ctx.bridged()
+    admission.check_disk(ctx, 0)
+    report.stage("reserve", "reserving name and address")
+
+    def build(name: str, address: str) -> VmRecord:
+        now = now_text()
+        return VmRecord(
+            id=new_vm_id(),
+            name=name,
+            state="created",
+            image_id=image.id,
+            image=image.name,
+            kernel=image.kernel_ref,
+            vcpu=params.vcpu,
+            memory_mib=params.memory_mib,
+            overlay_bytes=params.overlay_bytes,
+            work_disk_bytes=params.disk_bytes,
+            address=address,
+            mac=derive_mac(address) if address else _USER_MAC,
+            network="bridge" if bridged else "user",
+            ephemeral=ephemeral,
+            created_at=now,
+            updated_at=now,
+            touched_at=now,
+        )
+
+    vm = ctx.store.reserve(
+        params.name,
+        ctx.settings.subnet if bridged else None,
+        frozenset({ctx.settings.bridge_ip}),
+        build,
+    )
+    async with ctx.locked(vm.id):
+        try:
+            paths = ctx.vm_paths(vm.id)
+            ensure_private_directory(paths.directory)
+            key = generate_key(vm.name)
+            write_atomic(
+                paths.secrets,
+                msgspec.json.encode(
+                    Secrets(
+                        token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public
+                    )
+                ),
+            )
+            if not params.start:
+                return vm
+            return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
+        except BaseException as e:
+            if not (isinstance(e, BangerError) and e.reason == "guest_not_ready"):
+                forget_vm(ctx, vm)
+            raise
+
+
+def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
+    """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
+    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    replace_host(ctx.paths.known_hosts, hosts, None)
+    remove_tree(ctx.vm_paths(vm.id).directory)
+    ctx.store.delete(vm.id)
+    ctx.forget(vm.id)

@@ -1,0 +1,71 @@
+"""Handles: what a VM that was launched holds on the host. A file first, then memory.
+
+`handles.json` lies in the VM's directory from before its lease until after its release. It is the
+only place that knows the pid; the database never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from banger.api.base import Wire
+from banger.api.records import VmmName
+from banger.errors import BangerError
+from banger.files import write_atomic
+from banger.guest.endpoint import Endpoint
+from banger.host.lease import LeaseId
+from banger.host.vmm_process import ProcessRef
+
+if TYPE_CHECKING:
+    from banger.config.paths import VmPaths
+
+
+class Handles(Wire, frozen=True, kw_only=True):
+    vmm: VmmName
+    endpoint: Endpoint
+    lease_id: LeaseId | None = None
+    tap: str | None = None
+    cgroup: str | None = None
+    process: ProcessRef | None = None
+
+
+class Secrets(Wire, frozen=True, kw_only=True):
+    """Token and ssh host key of one VM, made at create."""
+
+    token: str
+    host_key: str
+    host_key_pub: str
+
+
+def write_handles(paths: VmPaths, handles: Handles) -> None:
+    write_atomic(paths.handles, msgspec.json.encode(handles))
+
+
+def find_handles(paths: VmPaths) -> Handles | None:
+    """The handles on disk; None when there are none.
+
+    Raises:
+        BangerError: the file is damaged; the ledger decides then.
+    """
+    try:
+        return msgspec.json.decode(paths.handles.read_bytes(), type=Handles)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, OSError) as e:
+        raise BangerError("operation_failed", f"reading {paths.handles}: {e}") from e
+
+
+def clear_handles(paths: VmPaths) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        paths.handles.unlink()
+
+
+def read_secrets(paths: VmPaths) -> Secrets:
+    """Raises BangerError when the file is gone or damaged."""
+    try:
+        return msgspec.json.decode(paths.secrets.read_bytes(), type=Secrets)
+    except (msgspec.DecodeError, OSError) as e:
+        raise BangerError("operation_failed", f"reading {paths.secrets}: {e}") from e

@@ -1,0 +1,173 @@
+"""The plan of a start: every path, device, address and document, decided before anything is done.
+
+Pure: the same inputs give the same plan. `vm.start` carries it out; tests and people read it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from banger.api.records import VmRecord
+from banger.config.paths import VmPaths
+from banger.guest.config import (
+    AGENT_PORT,
+    ANNOUNCE_PORT,
+    GitIdentity,
+    GuestConfig,
+    Network,
+    TcpTransport,
+    VsockTransport,
+)
+from banger.guest.endpoint import Endpoint, TcpEndpoint, VsockEndpoint
+from banger.host.lease import LeasePlan
+from banger.vmm.machine import Capabilities, Drive, Machine, TapNic, UserNic
+
+if TYPE_CHECKING:
+    from banger.api.records import ImageRecord, KernelRecord
+    from banger.config.settings import Settings
+    from banger.vm.handles import Secrets
+
+# QEMU's user-mode network, its fixed addresses (QEMU documentation, "Using the user mode network").
+_USER_ADDRESS, _USER_PREFIX, _USER_GATEWAY = "10.0.2.15", 24, "10.0.2.2"
+USER_ANNOUNCE = "10.0.2.100"
+_FIRST_CID = 1024
+_MTU = 1500
+
+
+class StartPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a start will do. `lease` is None on user-mode networking."""
+
+    vm: VmRecord
+    paths: VmPaths
+    lease: LeasePlan | None
+    machine: Machine
+    endpoint: Endpoint
+    guest_config: GuestConfig
+    base_initrd: str
+    announce_path: Path | None
+    ready_timeout_s: float
+
+
+def tap_name(vm_id: str) -> str:
+    return f"tap-fc-{vm_id[:8]}"
+
+
+def build_start_plan(
+    *,
+    vm: VmRecord,
+    paths: VmPaths,
+    image: ImageRecord,
+    kernel: KernelRecord,
+    secrets: Secrets,
+    settings: Settings,
+    capabilities: Capabilities,
+    authorized_keys: tuple[str, ...],
+    git_identity: GitIdentity | None,
+    agent_host_port: int | None,
+    now_unix_ns: int,
+) -> StartPlan:
+    """Decide everything about one start.
+
+    `agent_host_port`: a free loopback port, for the user network only.
+    """
+    bridged = vm.network == "bridge"
+    network = (
+        Network(
+            mac=vm.mac,
+            address=vm.address,
+            prefix=settings.cidr,
+            gateway=settings.bridge_ip,
+            mtu=_MTU,
+            dns=settings.default_dns,
+        )
+        if bridged
+        else Network(
+            mac=vm.mac,
+            address=_USER_ADDRESS,
+            prefix=_USER_PREFIX,
+            gateway=_USER_GATEWAY,
+            mtu=_MTU,
+            dns=settings.default_dns,
+        )
+    )
+    endpoint: Endpoint
+    transport: VsockTransport | TcpTransport
+    announce_path: Path | None = None
+    cid: int | None = None
+    if capabilities.vsock:
+        transport = VsockTransport()
+        endpoint = VsockEndpoint(path=str(paths.vsock), port=AGENT_PORT)
+        announce_path = paths.vsock.with_name(f"{paths.vsock.name}_{ANNOUNCE_PORT}")
+        host_number = int(ipaddress.IPv4Address(vm.address)) & ~int(settings.subnet.netmask)
+        cid = _FIRST_CID + host_number
+    elif bridged:
+        transport = TcpTransport(
+            announce=f"{settings.bridge_ip}:{ANNOUNCE_PORT}", peer=settings.bridge_ip
+        )
+        endpoint = TcpEndpoint(address=vm.address, port=AGENT_PORT)
+    else:
+        assert agent_host_port is not None
+        transport = TcpTransport(announce=f"{USER_ANNOUNCE}:{ANNOUNCE_PORT}", peer=_USER_GATEWAY)
+        endpoint = TcpEndpoint(address="127.0.0.1", port=agent_host_port)
+        announce_path = paths.announce_socket
+    nic: TapNic | UserNic
+    if bridged:
+        nic = TapNic(tap=tap_name(vm.id), mac=vm.mac)
+    else:
+        assert agent_host_port is not None
+        nic = UserNic(
+            mac=vm.mac, agent_port=agent_host_port, announce_socket=str(paths.announce_socket)
+        )
+    return StartPlan(
+        vm=vm,
+        paths=paths,
+        lease=LeasePlan(
+            vm_id=vm.id,
+            bridge_name=settings.bridge_name,
+            bridge_address=settings.bridge_ip,
+            bridge_prefix=settings.cidr,
+            guest_address=vm.address,
+            isolate=settings.vm_isolation,
+            announce_port=ANNOUNCE_PORT,
+        )
+        if bridged
+        else None,
+        machine=Machine(
+            vm_id=vm.id,
+            vcpu=vm.vcpu,
+            memory_mib=vm.memory_mib,
+            kernel=kernel.vmlinux,
+            initrd=str(paths.initrd),
+            drives=(
+                Drive(role="image", path=image.rootfs_path, read_only=True),
+                Drive(role="overlay", path=str(paths.overlay), read_only=False),
+                Drive(role="work", path=str(paths.work), read_only=False),
+                Drive(role="modules", path=kernel.modules, read_only=True),
+            ),
+            nic=nic,
+            vsock_cid=cid,
+            runtime=str(paths.runtime),
+        ),
+        endpoint=endpoint,
+        guest_config=GuestConfig(
+            vm_id=vm.id,
+            name=vm.name,
+            hostname=vm.name,
+            network=network,
+            transport=transport,
+            time_unix_ns=now_unix_ns,
+            token=secrets.token,
+            authorized_keys=authorized_keys,
+            host_key=secrets.host_key,
+            host_key_pub=secrets.host_key_pub,
+            image_config=image.oci,
+            git_identity=git_identity,
+        ),
+        base_initrd=kernel.initrd,
+        announce_path=announce_path,
+        ready_timeout_s=settings.ready_timeout_s * (3 if capabilities.emulated else 1),
+    )

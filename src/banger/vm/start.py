@@ -1,0 +1,336 @@
+"""Start: from a record to a running VM, room by room, with one undo stack.
+
+    plan → disks → lease → handles → launch → ready → publish
+
+Information flows one way. The VMM that comes out belongs to nobody's request; a cancelled call
+rolls back what it acquired, and after `publish` there is nothing left to roll back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from banger.disk.blank import Role, extend_disk, write_blank_disk
+from banger.disk.initrd import write_vm_initrd
+from banger.errors import BangerError
+from banger.files import ensure_private_directory
+from banger.guest.config import CONFIG_MEMBER
+from banger.host.vmm_process import ExitStatus, ProcessRef, launch_vmm, wait_exit
+from banger.image.entries import check_image_files, get_image
+from banger.kernel.entries import check_kernel_files, get_kernel
+from banger.kernel.pull import ensure_base_initrd
+from banger.ssh.known_hosts import replace_host
+from banger.store.vms import now_text
+from banger.vm import admission, console
+from banger.vm.cleanup import is_live, release_everything, reset
+from banger.vm.handles import Handles, read_secrets, write_handles
+from banger.vm.plan import StartPlan, build_start_plan
+from banger.vm.undo import Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from banger.api.records import ImageRecord, KernelRecord, VmRecord
+    from banger.guest.announce import Announcement
+    from banger.progress import Reporter
+    from banger.vm.context import VmContext
+    from banger.vmm.driver import Driver
+
+log = logging.getLogger(__name__)
+
+_CONSOLE_LINES = 40
+
+
+async def start(
+    ctx: VmContext, vm: VmRecord, report: Reporter, *, allow_overcommit: bool
+) -> VmRecord:
+    """Start a VM whose lock the caller holds; return its running record.
+
+    Raises:
+        BangerError: whatever stage failed; everything it had acquired was given back.
+            reason guest_not_ready: the VM runs but did not announce itself; it is kept.
+    """
+    if is_live(ctx, vm):
+        return vm
+    # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
+    if failures := await release_everything(ctx, vm.id, ctx.handles.get(vm.id)):
+        raise BangerError(
+            "operation_failed",
+            f"starting VM {vm.name}: what it held before could not be given back: "
+            + "; ".join(failures),
+            hint=f"banger vm kill {vm.name}",
+        )
+    timer = _StageTimer(report)
+    driver = await ctx.driver()
+    image, kernel = await asyncio.to_thread(_check_files, ctx, vm)
+    admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
+    admission.check_disk(ctx, 0)
+    timer.stage("plan", "planning")
+    plan = _plan(ctx, vm, image, kernel, driver)
+    console_start = _size(plan)
+    async with Undo() as undo:
+        timer.stage("disks", "preparing disks")
+        await asyncio.to_thread(_make_disks, ctx, plan)
+
+        handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
+        if plan.lease is not None:
+            timer.stage("lease", "connecting the network")
+            lease_id = plan.lease.lease_id
+            undo.push("the lease", lambda: ctx.host.release(lease_id))
+            lease = await ctx.host.prepare(plan.lease)
+            handles = Handles(
+                vmm=driver.name,
+                endpoint=plan.endpoint,
+                lease_id=lease.id,
+                tap=lease.tap,
+                cgroup=lease.cgroup,
+            )
+        timer.stage("handles", "recording what it holds")
+        undo.push("the VMM and its sockets", lambda: _release(ctx, vm.id, handles))
+        write_handles(plan.paths, handles)
+        ctx.handles[vm.id] = handles
+
+        with contextlib.ExitStack() as listening:
+            announced = listening.enter_context(
+                ctx.announcements.expect(vm.id, plan.guest_config.token)
+            )
+            if plan.announce_path is not None:
+                listening.enter_context(ctx.announcements.listen_unix(plan.announce_path))
+            else:
+                ctx.announcements.ensure_tcp(ctx.settings.bridge_ip)
+            timer.stage("launch", f"starting {driver.name}")
+            launch = driver.build_launch(plan.machine)
+            process = await launch_vmm(
+                launch.argv,
+                cwd=plan.paths.runtime,
+                console=plan.paths.console,
+                cgroup=handles.cgroup,
+            )
+            handles = msgspec.structs.replace(handles, process=process)
+            ctx.handles[vm.id] = handles
+            write_handles(plan.paths, handles)
+            exited = asyncio.ensure_future(wait_exit(process))
+            try:
+                await _first(driver.start(plan.machine, exited), exited, plan, console_start)
+                timer.stage("ready", "waiting for the guest")
+                announcement = await _ready(announced, exited, plan, console_start)
+            except BangerError as e:
+                if e.reason == "guest_not_ready":
+                    # It may still come up: the VM is kept, its console tells more.
+                    undo.keep()
+                    _publish(ctx, vm, driver, process, None)
+                raise
+            finally:
+                if not exited.done():
+                    exited.cancel()
+                    await asyncio.gather(exited, return_exceptions=True)
+        timer.stage("publish", "ready")
+        undo.keep()
+        running = _publish(ctx, vm, driver, process, announcement)
+    timer.log(vm)
+    return running
+
+
+def _check_files(ctx: VmContext, vm: VmRecord) -> tuple[ImageRecord, KernelRecord]:
+    image = get_image(ctx.paths, vm.image_id)
+    check_image_files(ctx.paths, image)
+    kernel = ensure_base_initrd(ctx.paths, get_kernel(ctx.paths, vm.kernel))
+    check_kernel_files(kernel)
+    return image, kernel
+
+
+def _plan(
+    ctx: VmContext, vm: VmRecord, image: ImageRecord, kernel: KernelRecord, driver: Driver
+) -> StartPlan:
+    return build_start_plan(
+        vm=vm,
+        paths=ctx.vm_paths(vm.id),
+        image=image,
+        kernel=kernel,
+        secrets=read_secrets(ctx.vm_paths(vm.id)),
+        settings=ctx.settings,
+        capabilities=driver.capabilities,
+        authorized_keys=ctx.authorized_keys(),
+        git_identity=ctx.git_identity(),
+        agent_host_port=_free_port() if vm.network == "user" else None,
+        now_unix_ns=time.time_ns(),
+    )
+
+
+def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
+    """Disks that are missing are cloned; those of an earlier start are kept, grown if asked."""
+    paths = plan.paths
+    ensure_private_directory(paths.directory)
+    paths.runtime.parent.mkdir(mode=0o700, exist_ok=True)
+    ensure_private_directory(paths.runtime)
+    try:
+        disks: tuple[tuple[Role, Path, int], ...] = (
+            ("overlay", paths.overlay, plan.vm.overlay_bytes),
+            ("work", paths.work, plan.vm.work_disk_bytes),
+        )
+        for role, target, size in disks:
+            if not target.exists():
+                write_blank_disk(ctx.paths, role, size, target)
+            elif target.stat().st_size < size:
+                extend_disk(target, size)
+        write_vm_initrd(
+            Path(plan.base_initrd), paths.initrd, {CONFIG_MEMBER: plan.guest_config.encode()}
+        )
+    except OSError as e:
+        raise BangerError(
+            "operation_failed",
+            f"preparing the disks of VM {plan.vm.name} in {paths.directory}: {e.strerror}",
+            hint=f"df -h {ctx.paths.state}",
+            reason="disk_full" if e.errno == 28 else None,
+        ) from e
+    replace_host(
+        ctx.paths.known_hosts,
+        [f"{plan.vm.name}.vm", *([plan.vm.address] if plan.vm.address else [])],
+        plan.guest_config.host_key_pub,
+    )
+
+
+async def _release(ctx: VmContext, vm_id: str, fallback: Handles) -> None:
+    failures = await release_everything(ctx, vm_id, ctx.handles.get(vm_id, fallback))
+    if failures:
+        raise BangerError("operation_failed", "; ".join(failures))
+
+
+async def _first(
+    work: Coroutine[Any, Any, None],
+    exited: asyncio.Future[ExitStatus | None],
+    plan: StartPlan,
+    console_start: int,
+) -> None:
+    """Finish `work` unless the VMM ends first; its end explains any failure of ours."""
+    task = asyncio.ensure_future(work)
+    try:
+        racers: list[asyncio.Future[Any]] = [task, exited]
+        await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ended(plan, exited.result(), console_start)
+        await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _ready(
+    announced: asyncio.Future[Announcement],
+    exited: asyncio.Future[ExitStatus | None],
+    plan: StartPlan,
+    console_start: int,
+) -> Announcement:
+    """The agent's announcement against the process's exit, whichever comes first."""
+    racers: list[asyncio.Future[Any]] = [announced, exited]
+    done, _ = await asyncio.wait(
+        racers, timeout=plan.ready_timeout_s, return_when=asyncio.FIRST_COMPLETED
+    )
+    if exited in done:
+        raise _ended(plan, exited.result(), console_start)
+    if announced in done:
+        return announced.result()
+    line = console.last_line(plan.paths.console, start=console_start)
+    raise BangerError(
+        "operation_failed",
+        f"starting VM {plan.vm.name}: no answer from the guest agent within "
+        f"{plan.ready_timeout_s:g} s; last console line: {line!r}; the VM still exists",
+        hint=f"banger vm logs {plan.vm.name}",
+        reason="guest_not_ready",
+    )
+
+
+def _ended(plan: StartPlan, status: ExitStatus | None, console_start: int) -> BangerError:
+    lines = console.tail(plan.paths.console, _CONSOLE_LINES, start=console_start)
+    how = f" ({status})" if status is not None else ""
+    told = "\n".join(f"    {line}" for line in lines) if lines else "    (the console is empty)"
+    line = console.last_line(plan.paths.console, start=console_start)
+    return BangerError(
+        "operation_failed",
+        f"starting VM {plan.vm.name}: the machine ended before its guest was ready{how}: "
+        f"{line}\n{told}",
+        hint=f"banger vm logs {plan.vm.name}",
+    )
+
+
+def _publish(
+    ctx: VmContext,
+    vm: VmRecord,
+    driver: Driver,
+    process: ProcessRef,
+    announcement: Announcement | None,
+) -> VmRecord:
+    record = ctx.store.update(
+        vm.id,
+        state="running",
+        vmm=driver.name,
+        boot_id=announcement.boot_id if announcement else None,
+        last_error=None if announcement else "the guest agent did not announce itself in time",
+        touched_at=now_text(),
+    )
+    ctx.watch(vm.id, watch(ctx, vm.id, process))
+    return record
+
+
+async def watch(ctx: VmContext, vm_id: str, process: ProcessRef) -> None:
+    """Wait for the end of a VMM that nobody asked to end, and make the record say so."""
+    status = await wait_exit(process)
+    async with ctx.locked(vm_id):
+        vm = ctx.store.find(vm_id)
+        handles = ctx.handles.get(vm_id)
+        if vm is None or handles is None or handles.process != process:
+            return
+        how = f" ({status})" if status is not None else ""
+        log.warning("VM %s: the machine ended by itself%s", vm.name, how)
+        await reset(ctx, vm, last_error=f"the machine ended by itself{how}")
+
+
+def _size(plan: StartPlan) -> int:
+    try:
+        return plan.paths.console.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _free_port() -> int:
+    # The port is free now and ours in a moment: QEMU says clearly when somebody was quicker.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class _StageTimer:
+    """Reports stages and remembers how long each took, for the log."""
+
+    def __init__(self, report: Reporter) -> None:
+        self._report = report
+        self._began = self._last = time.monotonic()
+        self._stages: list[tuple[str, float]] = []
+        self._current: str | None = None
+
+    def stage(self, stage: str, label: str) -> None:
+        self._close()
+        self._current = stage
+        self._report.stage(stage, label)
+
+    def _close(self) -> None:
+        now = time.monotonic()
+        if self._current is not None:
+            self._stages.append((self._current, now - self._last))
+        self._last = now
+
+    def log(self, vm: VmRecord) -> None:
+        self._close()
+        parts = " ".join(f"{name}={seconds * 1000:.0f}ms" for name, seconds in self._stages)
+        log.info(
+            "VM %s started in %.0f ms: %s", vm.name, (time.monotonic() - self._began) * 1000, parts
+        )

@@ -1,0 +1,121 @@
+"""Stop, kill, delete: how a VM ends. Once begun they finish, also when the client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from banger.errors import BangerError
+from banger.host.vmm_process import signal_vmm, wait_exit
+from banger.vm.cleanup import handles_of, is_live, reset
+from banger.vm.create import forget_vm
+
+if TYPE_CHECKING:
+    from banger.api.records import VmRecord
+    from banger.vm.context import VmContext
+
+log = logging.getLogger(__name__)
+
+# An agent that does not even take a connection is not asked twice (spec 4.6).
+_CONNECT_S = 2.0
+_SIGNALS = frozenset({"TERM", "KILL", "INT", "HUP", "QUIT", "USR1", "USR2", "ABRT"})
+
+
+def check_signal(name: str) -> str:
+    """A signal's bare name. Raises BangerError, bad_request, for any that is not allowed."""
+    bare = name.upper().removeprefix("SIG")
+    if bare not in _SIGNALS:
+        raise BangerError(
+            "bad_request",
+            f"signal {name!r} is not allowed: one of {', '.join(sorted(_SIGNALS))}",
+            hint="banger vm kill --help",
+        )
+    return bare
+
+
+async def stop(
+    ctx: VmContext, vm: VmRecord, *, timeout_s: float | None = None
+) -> tuple[VmRecord, str | None]:
+    """Stop a VM; return its record and a sentence when there is something to say.
+
+    The guest gets `timeout_s` (default: stop_timeout) to stop its services, sync and end the
+    machine; then it is killed.
+    """
+    async with ctx.locked(vm.id):
+        vm = _reread(ctx, vm)
+        if not is_live(ctx, vm):
+            if vm.state in ("created", "stopped") and handles_of(ctx, vm.id) is None:
+                return vm, f"VM {vm.name} was not running"
+            return await reset(ctx, vm, last_error=vm.last_error), None
+        note = await _end_gracefully(ctx, vm, timeout_s or ctx.settings.stop_timeout_s)
+        return await reset(ctx, vm, last_error=None), note
+
+
+async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str | None:
+    handles = ctx.handles[vm.id]
+    assert handles.process is not None
+    ctx.unwatch(vm.id)  # this end is expected
+    if (await ctx.driver()).capabilities.emulated:
+        grace_s *= 3
+    try:
+        await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
+    except BangerError as e:
+        log.warning("VM %s: the agent did not take the shutdown: %s", vm.name, e)
+        return f"the agent of VM {vm.name} did not answer; it was killed, unsynced data may be lost"
+    try:
+        async with asyncio.timeout(grace_s):
+            await wait_exit(handles.process)
+    except TimeoutError:
+        return f"VM {vm.name} did not end within {grace_s:g} s and was killed"
+    return None
+
+
+async def kill(ctx: VmContext, vm: VmRecord, signal: str) -> tuple[VmRecord, str | None]:
+    """Send a signal to the VMM and clean up; the state afterwards is `stopped`."""
+    signal = check_signal(signal)
+    async with ctx.locked(vm.id):
+        vm = _reread(ctx, vm)
+        if not is_live(ctx, vm) and vm.state in ("created", "stopped"):
+            return vm, f"VM {vm.name} was not running"
+        handles = handles_of(ctx, vm.id)
+        if signal != "KILL" and handles is not None and handles.process is not None:
+            ctx.unwatch(vm.id)
+            signal_vmm(handles.process, signal)
+            try:
+                async with asyncio.timeout(ctx.settings.stop_timeout_s):
+                    await wait_exit(handles.process)
+            except TimeoutError:
+                log.info("VM %s outlived %s and is killed", vm.name, signal)
+        return await reset(ctx, vm, last_error=None), None
+
+
+async def delete(ctx: VmContext, vm: VmRecord, *, kill_it: bool = False) -> str | None:
+    """Stop a VM and remove everything it had; return a sentence when there is something to say.
+
+    `kill_it` skips the guest's own shutdown: nothing on its disks is wanted any more.
+
+    Raises:
+        BangerError: cleanup could not finish; the VM stays, in state error.
+    """
+    async with ctx.locked(vm.id):
+        vm = _reread(ctx, vm)
+        if not kill_it and is_live(ctx, vm):
+            await _end_gracefully(ctx, vm, ctx.settings.stop_timeout_s)
+        vm = await reset(ctx, vm, last_error=None)
+        if vm.state == "error":
+            raise BangerError(
+                "operation_failed",
+                f"deleting VM {vm.name}: {vm.last_error}",
+                hint=f"banger vm delete {vm.name}",
+            )
+        forget_vm(ctx, vm)
+    return None
+
+
+def _reread(ctx: VmContext, vm: VmRecord) -> VmRecord:
+    """The record as it is now that the lock is ours."""
+    now = ctx.store.find(vm.id)
+    if now is None:
+        raise BangerError("not_found", f"VM {vm.name} is gone", hint="banger vm list")
+    return now

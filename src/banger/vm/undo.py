@@ -1,0 +1,57 @@
+"""Undo for a start: what was acquired is given back by the line that acquired it.
+
+Plain callbacks, because `pop_all` forgets callbacks but would run the `finally` of a
+generator-based context manager once it is collected, which would tear down the VM that has started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from banger.errors import BangerError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+Release = Callable[[], Awaitable[object]]
+
+
+class Undo:
+    """Runs what was pushed, newest first, every one, unless `keep` was called.
+
+    A failure of an undo never replaces the error that made us roll back: it is attached to it.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Release]] = []
+
+    def push(self, what: str, release: Release) -> None:
+        """Before acquiring: a call whose reply was lost may still have been carried out."""
+        self._steps.append((what, release))
+
+    def keep(self) -> None:
+        self._steps.clear()
+
+    async def __aenter__(self) -> Undo:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        failures: list[str] = []
+        while self._steps:
+            what, release = self._steps.pop()
+            try:
+                await release()
+            except Exception as e:
+                log.warning("undoing %s: %s", what, e)
+                failures.append(f"undoing {what}: {e}")
+        if failures and isinstance(error, BangerError):
+            error.also += failures

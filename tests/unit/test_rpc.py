@@ -1,0 +1,248 @@
+"""The daemon's wire: frames, lines, descriptors, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from banger.api.base import Params
+from banger.api.envelope import Reply
+from banger.errors import BangerError
+from banger.rpc import client, frames
+from banger.rpc.channel import Channel
+from banger.rpc.frames import FrameDecoder, FrameType
+from banger.rpc.server import Call, Method, Server
+from hypothesis import given
+from hypothesis import strategies as st
+
+FRAMES = st.lists(st.tuples(st.sampled_from(list(FrameType)), st.binary(max_size=300)), max_size=8)
+
+
+@given(FRAMES, st.integers(min_value=1, max_value=50))
+def test_frames_survive_any_cut_of_the_stream(
+    sent: list[tuple[FrameType, bytes]], piece: int
+) -> None:
+    stream = b"".join(frames.encode(kind, payload) for kind, payload in sent)
+    decoder = FrameDecoder()
+    got = []
+    for i in range(0, len(stream), piece):
+        got += decoder.feed(stream[i : i + piece])
+    assert got == sent
+    assert decoder.pending == 0
+
+
+@given(st.binary(min_size=5, max_size=5))
+def test_a_header_is_refused_before_anything_is_allocated(header: bytes) -> None:
+    try:
+        kind, length = frames.decode_header(header)
+    except BangerError:
+        return
+    assert length <= frames.PAYLOAD_LIMIT
+    assert kind in set(FrameType)
+
+
+class Echo(Params, frozen=True, kw_only=True):
+    text: str = ""
+
+
+@pytest_asyncio.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    cancelled = asyncio.Event()
+
+    async def echo(call: Call, params: Echo) -> dict[str, str]:
+        return {"text": params.text}
+
+    async def refuse(call: Call, params: Echo) -> None:
+        raise BangerError("not_found", "no such thing", hint="look elsewhere", reason="gone")
+
+    async def broken(call: Call, params: Echo) -> None:
+        raise RuntimeError("a bug")
+
+    async def count(call: Call, params: Echo) -> int:
+        for i in range(3):
+            call.stage(f"s{i}", "counting")
+            await call.data(b"x" * i)
+        return 3
+
+    async def forever(call: Call, params: Echo) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def pipe(call: Call, params: Echo) -> None:
+        a, b = socket.socketpair()
+        b.sendall(b"hello")
+        b.close()
+        await call.finish({}, fds=(a.fileno(),))
+        a.close()
+
+    def method(handler: Any, *, streams: bool = False) -> Method:
+        return Method(params=Echo, handler=handler, streams=streams)
+
+    methods = {
+        "echo": method(echo),
+        "refuse": method(refuse),
+        "broken": method(broken),
+        "count": method(count, streams=True),
+        "forever": method(forever),
+        "pipe": method(pipe),
+        "pipe.stream": method(pipe, streams=True),
+    }
+    # A directory name longer than sun_path: the socket must work all the same.
+    directory = tmp_path / ("d" * 120)
+    directory.mkdir()
+    server = Server(directory / "s.sock", methods, owner_uid=os.geteuid(), version="1")
+    server.cancelled = cancelled  # type: ignore[attr-defined]  # for the tests below
+    server.listen()
+    serving = asyncio.create_task(server.serve())
+    yield server
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    await server.close()
+
+
+async def call(server: Server, method: str, params: dict[str, Any] | None = None) -> Any:
+    return await asyncio.to_thread(client.call, server.path, method, params or {}, Any)
+
+
+@pytest.mark.asyncio
+async def test_a_call_gets_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    assert await call(server, "echo", {"text": "hé"}) == {"text": "hé"}
+
+
+@pytest.mark.asyncio
+async def test_an_error_keeps_code_hint_and_reason(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    with pytest.raises(BangerError) as caught:
+        await call(server, "refuse")
+    error = caught.value
+    assert (error.code, error.hint, error.reason) == ("not_found", "look elsewhere", "gone")
+    assert error.op_id is not None
+    assert error.op_id.startswith("op-")
+
+
+@pytest.mark.asyncio
+async def test_a_bug_in_a_handler_is_an_error_and_not_a_hang(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    with pytest.raises(BangerError, match="a bug"):
+        await call(server, "broken")
+    assert await call(server, "echo", {"text": "still there"}) == {"text": "still there"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("method", "params", "code"),
+    [
+        ("nothing", {}, "unknown_method"),
+        ("echo", {"txt": "x"}, "bad_request"),
+        ("echo", {"text": 1}, "bad_request"),
+    ],
+)
+async def test_what_is_not_in_the_contract_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, method: str, params: dict[str, Any], code: str
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    with pytest.raises(BangerError) as caught:
+        await call(server, method, params)
+    assert caught.value.code == code
+
+
+@pytest.mark.asyncio
+async def test_a_command_of_another_version_is_told_so(server: Server) -> None:
+    with pytest.raises(BangerError) as caught:
+        await call(server, "echo", {"text": "x"})
+    assert caught.value.code == "bad_version"
+
+
+@pytest.mark.asyncio
+async def test_a_stream_delivers_events_and_data_in_order_before_its_result(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    events: list[dict[str, Any]] = []
+
+    def work() -> tuple[list[bytes], int]:
+        with client.StreamingCall(server.path, "count", {}, events.append) as stream:
+            data = list(stream.frames())
+            return data, msgspec.json.decode(stream.result_payload)
+
+    data, result = await asyncio.to_thread(work)
+    assert (data, result) == ([b"", b"x", b"xx"], 3)
+    assert [e["stage"] for e in events] == ["s0", "s1", "s2"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(5)
+async def test_a_client_that_leaves_cancels_its_handler(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    channel = client.connect(server.path)
+    channel.write_document({"version": 1, "method": "forever", "params": {}})
+    while server.active == 0:
+        await asyncio.sleep(0)
+    channel.close()
+    await server.cancelled.wait()  # type: ignore[attr-defined]  # set by the handler
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("method", ["pipe", "pipe.stream"])
+async def test_a_descriptor_arrives_connected(
+    server: Server, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+
+    def work() -> bytes:
+        if method == "pipe":
+            _, sock = client.call_with_fd(server.path, method, {}, Any)
+        else:
+            with client.StreamingCall(server.path, method, {}, lambda e: None) as stream:
+                stream.result(Any)
+                sock = stream.fd()
+        with sock:
+            return sock.recv(100)
+
+    assert await asyncio.to_thread(work) == b"hello"
+
+
+@pytest.mark.asyncio
+async def test_an_endless_line_is_refused() -> None:
+    a, b = socket.socketpair()
+    channel = Channel(a)
+    other = Channel(b)
+
+    async def flood() -> None:
+        for _ in range(20):
+            await other.write(b"x" * 100_000)
+
+    flooding = asyncio.create_task(flood())
+    with pytest.raises(BangerError, match="1 MiB"):
+        await channel.read_line()
+    flooding.cancel()
+    await asyncio.gather(flooding, return_exceptions=True)
+    channel.close()
+    other.close()
+
+
+def test_a_reply_without_optional_parts_is_small() -> None:
+    assert msgspec.json.encode(Reply(result=msgspec.Raw(b"1"))) == b'{"result":1}'
+
+
+def test_a_daemon_that_is_not_there_is_told_apart_from_one_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(client.DaemonAbsent):
+        client.connect(tmp_path / "no" / "s.sock")
+    with pytest.raises(client.DaemonAbsent):
+        client.connect(tmp_path / "s.sock")
