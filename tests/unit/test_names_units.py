@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from banger.errors import BangerError
 from banger.names import check_entry_name, check_vm_name, generate_vm_name
 from banger.units import format_size, parse_duration, parse_size
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(

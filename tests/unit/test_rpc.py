@@ -12,6 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
 from banger.api.base import Params
 from banger.api.envelope import Reply
 from banger.errors import BangerError
@@ -19,8 +22,6 @@ from banger.rpc import client, frames
 from banger.rpc.channel import Channel
 from banger.rpc.frames import FrameDecoder, FrameType
 from banger.rpc.server import Call, Method, Server
-from hypothesis import given
-from hypothesis import strategies as st
 
 FRAMES = st.lists(st.tuples(st.sampled_from(list(FrameType)), st.binary(max_size=300)), max_size=8)
 

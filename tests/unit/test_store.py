@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.names import new_vm_id

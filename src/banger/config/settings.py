@@ -16,6 +16,9 @@ import msgspec
 from banger.errors import BangerError
 from banger.units import GIB, parse_duration, parse_size
 
+# Private (RFC 1918) and shared (RFC 6598) address space.
+_PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+
 LogLevel = Literal["debug", "info", "warn", "error"]
 
 
@@ -62,11 +65,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(
                 "bridge_name must be br-fc or begin with br-fc-, 15 characters at most"
             )
-        address = ipaddress.IPv4Address(self.bridge_ip)
-        if not (address.is_private or address in ipaddress.IPv4Network("100.64.0.0/10")):
-            raise ValueError("bridge_ip must be a private or shared IPv4 address")
         if not 8 <= self.cidr <= 30:
             raise ValueError("cidr must be 8 to 30")
+        if not any(self.subnet.subnet_of(ipaddress.IPv4Network(n)) for n in _PRIVATE):
+            raise ValueError(f"bridge_ip and cidr must lie within one of {', '.join(_PRIVATE)}")
+        if ipaddress.IPv4Address(self.bridge_ip) in (
+            self.subnet.network_address,
+            self.subnet.broadcast_address,
+        ):
+            raise ValueError("bridge_ip must be a host's address of its subnet")
         if not 1 <= len(self.default_dns) <= 3:
             raise ValueError("default_dns takes one to three addresses")
         for server in self.default_dns:

@@ -5,7 +5,6 @@ A handler decodes nothing and draws nothing: it gets typed parameters and return
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from pathlib import Path
@@ -86,7 +85,7 @@ async def _ping(daemon: Daemon, call: Call, _: p.Empty) -> r.Pong:
     return r.Pong(version=__version__, pid=os.getpid())
 
 
-async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> r.Pong:
+async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> None:
     assert daemon.server is not None
     others = daemon.server.active - 1
     if others > 0 or daemon.vms.busy > 0:
@@ -97,8 +96,8 @@ async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> r.Pong:
             reason="in_use",
         )
     # After the answer, so that the client knows it was heard.
-    asyncio.get_running_loop().call_later(0, daemon.stopping.set)
-    return r.Pong(version=__version__, pid=os.getpid())
+    await call.finish(r.Pong(version=__version__, pid=os.getpid()))
+    daemon.stopping.set()
 
 
 async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:

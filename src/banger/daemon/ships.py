@@ -49,7 +49,9 @@ async def inspect(daemon: Daemon, params: ShipWorkspace) -> Shipment:
         from_ref=params.from_ref,
         include_untracked=params.include_untracked,
     )
-    repository = await asyncio.to_thread(precheck, Path(params.path), options)
+    repository = await asyncio.to_thread(
+        precheck, Path(params.path), options, scratch_parent=_scratch(daemon)
+    )
     return Shipment(
         repository=repository,
         options=options,

@@ -1,0 +1,199 @@
+"""The root helper as a child process: one socket pair, one request at a time.
+
+The child is started by the first call and again by the next one after it died; it ends when we
+close the socket. Leases belong to neither: they stay until they are released. A call that was
+begun is carried through even when the caller is cancelled, because a later call must not read the
+answer of an earlier one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import msgspec
+
+from banger import process
+from banger.errors import BangerError, ErrorCode
+from banger.host.privilege import build_helper_argv
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LINE_LIMIT = 1 << 20
+# A release waits up to 60 s for the VMM to die; beyond this the helper itself hangs.
+_CALL_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 5.0
+
+
+class _Error(msgspec.Struct, frozen=True, kw_only=True):
+    code: str
+    message: str
+    hint: str | None = None
+    reason: str | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    # Empty where there is none: msgspec takes no Raw in a union.
+    result: msgspec.Raw = msgspec.Raw()
+    error: _Error | None = None
+
+
+class _Child:
+    """A running helper and our end of its socket."""
+
+    def __init__(
+        self,
+        program: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.program = program
+        self.reader = reader
+        self.writer = writer
+
+
+class Helper:
+    """The line to the root helper; use it from one event loop."""
+
+    def __init__(
+        self,
+        *,
+        helper: Path,
+        kind: Literal["root", "sudo"],
+        owner_uid: int,
+        ledger: Path,
+        log: Path | None,
+    ) -> None:
+        self._arguments = ("--owner-uid", str(owner_uid), "--ledger", str(ledger), "--fd", "0")
+        self._argv = build_helper_argv(helper, self._arguments, kind=kind)
+        self._ledger = ledger
+        self._log = log
+        self._lock = asyncio.Lock()
+        self._child: _Child | None = None
+        self._calls: set[asyncio.Task[bytes]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the child, None while there is none."""
+        return self._child.program.pid if self._child else None
+
+    async def call(self, method: str, params: dict[str, Any], *, op_id: str = "") -> bytes:
+        """Carry out one request; return the JSON of its result.
+
+        Raises:
+            BangerError: as the helper says; reason connection_lost where it died before it
+                answered: then what was asked may or may not have happened.
+        """
+        request: dict[str, Any] = {"version": 1, "method": method, "params": params}
+        if op_id:
+            request["op_id"] = op_id
+        line = msgspec.json.encode(request) + b"\n"
+        task = asyncio.create_task(self._exchange(method, line))
+        self._calls.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    async def aclose(self) -> None:
+        """Let the calls under way finish, then end the child."""
+        while self._calls:
+            await asyncio.wait(self._calls)
+        async with self._lock:
+            await self._drop()
+
+    def _forget(self, task: asyncio.Task[bytes]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled():
+            # The caller may have been cancelled: nobody else would look at the failure.
+            task.exception()
+
+    async def _exchange(self, method: str, line: bytes) -> bytes:
+        async with self._lock:
+            child = self._child
+            if child is not None and (child.reader.at_eof() or child.program.poll() is not None):
+                await self._drop()
+                child = None
+            if child is None:
+                child = self._child = await self._start()
+            try:
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    child.writer.write(line)
+                    await child.writer.drain()
+                    answer = await child.reader.readuntil(b"\n")
+            except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+                # TimeoutError is an OSError: a helper that hangs is treated as one that died.
+                status = await self._drop()
+                raise BangerError(
+                    "operation_failed",
+                    f"asking the root helper to {method}: it "
+                    + (
+                        f"gave no answer within {_CALL_TIMEOUT_S:g} s"
+                        if isinstance(e, TimeoutError)
+                        else f"ended (status {status}) before it answered"
+                    )
+                    + "; it may or may not have been done",
+                    hint="banger doctor",
+                    reason="connection_lost",
+                ) from e
+            return _decode(method, answer)
+
+    async def _start(self) -> _Child:
+        self._ledger.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs, contextlib.ExitStack() as stack:
+            stack.callback(ours.close)
+            output: int | None = None
+            if self._log is not None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                output = os.open(self._log, flags, 0o600)
+                stack.callback(os.close, output)
+            # The socket is the child's stdin: sudo closes every descriptor above 2.
+            program = process.popen(self._argv, stdin=theirs.fileno(), stdout=output, stderr=output)
+            # From here on the stream owns the socket, and the child its copy of the log.
+            reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT)
+            if output is not None:
+                os.close(output)
+            stack.pop_all()
+        return _Child(program, reader, writer)
+
+    async def _drop(self) -> int | None:
+        """Close the socket and wait for the child's end; kill it when that takes too long."""
+        child, self._child = self._child, None
+        if child is None:
+            return None
+        child.writer.close()
+        with contextlib.suppress(OSError):
+            await child.writer.wait_closed()
+        program = child.program
+        try:
+            return await asyncio.to_thread(program.wait, _END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # Under sudo this is sudo's own process, which passes on what it can. The helper reads
+            # the end of its input as soon as it is done, and its ledger says how far it got.
+            with contextlib.suppress(PermissionError):
+                program.kill()
+                return await asyncio.to_thread(program.wait)
+            return None
+
+
+def _decode(method: str, line: bytes) -> bytes:
+    doing = f"asking the root helper to {method}"
+    try:
+        answer = msgspec.json.decode(line, type=_Answer)
+    except (msgspec.DecodeError, RecursionError) as e:
+        raise BangerError("operation_failed", f"{doing}: its answer is unreadable: {e}") from e
+    if answer.error is not None:
+        code: ErrorCode = "operation_failed"
+        for known in get_args(ErrorCode):
+            if answer.error.code == known:
+                code = known
+        raise BangerError(
+            code, answer.error.message, hint=answer.error.hint, reason=answer.error.reason
+        )
+    if not bytes(answer.result):
+        raise BangerError("operation_failed", f"{doing}: its answer has no result")
+    return bytes(answer.result)

@@ -1,0 +1,61 @@
+"""The index of the user's repository, listed by git and read here: names, modes, flags."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from banger.workspace.names import check_name
+
+if TYPE_CHECKING:
+    from banger.workspace.git import Git
+
+GITLINK = 0o160000
+SYMLINK = 0o120000
+EXECUTABLE = 0o100755
+
+
+class IndexEntry(NamedTuple):
+    """One stage of one path. `mode` is git's; flags as in git-update-index(1)."""
+
+    name: bytes
+    mode: int
+    oid: str
+    stage: int
+    skip_worktree: bool
+    assume_unchanged: bool
+
+
+def read_index(git: Git) -> list[IndexEntry]:
+    """Every entry, in the index's order (by name, then stage).
+
+    Raises:
+        BangerError: git cannot read the index, or it holds a name that no checkout can have.
+    """
+    out = git.run("ls-files", "-z", "-s", "-v", doing="reading the index")
+    entries = []
+    for record in out.split(b"\0")[:-1]:
+        meta, _, name = record.partition(b"\t")
+        tag, mode, oid, stage = meta.split(b" ")
+        entries.append(
+            IndexEntry(
+                name=check_name(name),
+                mode=int(mode, 8),
+                oid=oid.decode(),
+                stage=int(stage),
+                skip_worktree=tag in b"Ss",
+                assume_unchanged=tag.islower(),
+            )
+        )
+    return entries
+
+
+def list_untracked(git: Git) -> list[bytes]:
+    """Untracked files that are not ignored. A repository inside the repository comes back as one
+    name that ends in `/`."""
+    out = git.run(
+        "ls-files", "-z", "--others", "--exclude-standard", doing="listing untracked files"
+    )
+    names = out.split(b"\0")[:-1]
+    for name in names:
+        check_name(name.removesuffix(b"/"))
+    return names

@@ -1,0 +1,85 @@
+"""The ladder of boot tests: an installation, a running VM, and the host as it was before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from boot.installation import EMPTY, IMAGE, SMALL, Installation
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.boot)
+            item.add_marker(pytest.mark.timeout(300))
+
+
+@pytest.fixture(scope="session")
+def banger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """An installation with kernel and image, and no VM."""
+    number = os.getpid() % 200
+    installation = Installation(
+        tmp_path_factory.mktemp("b"), bridge=f"br-fc-t{number}", address=f"10.213.{number}.1"
+    )
+    installation.ok("kernel", "pull", "debian-6.12-cloud", timeout_s=600)
+    installation.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=900)
+    yield installation
+    installation.close()
+
+
+@pytest.fixture(scope="session")
+def web(banger: Installation) -> Iterator[str]:
+    """A VM that runs for many tests; they leave it as it was."""
+    banger.ok("vm", "create", "--name", "web", *SMALL)
+    yield "web"
+    banger("vm", "delete", "web")
+
+
+@pytest.fixture
+def nothing_left(banger: Installation) -> Iterator[None]:
+    """What the test made is gone afterwards."""
+    before = banger.census()
+    yield
+    after = banger.census()
+    assert after == before, banger.evidence()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A small repository with the odd things that real ones have."""
+    root = tmp_path / "project"
+    root.mkdir()
+
+    def git(*words: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=T", "-c", "user.email=t@example.invalid", *words],
+            cwd=root,
+            check=True,
+            capture_output=True,
+        )
+
+    git("init", "-q", "-b", "main")
+    (root / "Makefile").write_text("test:\n\t@cat message; test -x run.sh; ./run.sh\n")
+    (root / "message").write_text("committed\n")
+    (root / "run.sh").write_text("#!/bin/sh\necho ran in $PWD\n")
+    (root / "run.sh").chmod(0o755)
+    (root / "a name with\nnewline").write_text("odd")
+    (root / "link").symlink_to("message")
+    (root / ".gitignore").write_text("ignored\n")
+    (root / "sub").mkdir()
+    (root / "sub" / "file").write_text("below")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    (root / "message").write_text("edited\n")
+    (root / "untracked").write_text("new")
+    (root / "ignored").write_text("secret")
+    return root
+
+
+__all__ = ["EMPTY"]

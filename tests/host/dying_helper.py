@@ -1,0 +1,65 @@
+"""The root helper, with a bomb: it kills itself at a chosen moment of `prepare` or `release`.
+
+Arguments: the moment, then the helper's own. `save:N` dies after the Nth write of the ledger,
+before what it announces is made; `made:STEP` and `undone:STEP` die right after a step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../src"))
+
+import banger_root.leases as leases_module
+from banger_root import cgroup, nft
+from banger_root.ledger import Ledger
+from banger_root.server import main
+
+
+def die_after(owner: Any, name: str, *, call: int = 1) -> None:
+    real: Callable[..., Any] = getattr(owner, name)
+    count = 0
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        result = real(*arguments, **options)
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+MADE = {
+    "bridge": (leases_module, "ensure_bridge"),
+    "elements": (nft, "add_elements"),
+    "tap": (leases_module, "make_tap"),
+    "port": (leases_module, "attach_tap"),
+    "cgroup": (cgroup, "make_cgroup"),
+}
+UNDONE = {
+    "cgroup": (cgroup, "remove_cgroup"),
+    "tap": (leases_module, "remove_tap"),
+    "elements": (nft, "remove_elements"),
+    "bridge": (leases_module, "remove_bridge_if_unused"),
+}
+
+
+def arm(moment: str) -> None:
+    kind, _, which = moment.partition(":")
+    if kind == "save":
+        die_after(Ledger, "save", call=int(which))
+    elif kind == "made":
+        die_after(*MADE[which])
+    else:
+        die_after(*UNDONE[which])
+
+
+if __name__ == "__main__":
+    arm(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))

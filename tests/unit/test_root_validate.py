@@ -1,0 +1,118 @@
+"""The rules of the helper's gate, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from banger_root import validate
+from banger_root.errors import HelperError
+
+
+def build_params() -> dict[str, Any]:
+    return {
+        "vm_id": "0123456789abcdef0123456789abcdef",
+        "bridge": {"name": "br-fc", "address": "172.16.0.1", "prefix": 24},
+        "guest": {"address": "172.16.0.2", "mac": "06:00:ac:10:00:02"},
+        "isolate": True,
+        "announce_port": 7001,
+    }
+
+
+def test_plan_has_the_tap_and_mac_that_follow_from_it() -> None:
+    plan = validate.parse_prepare(build_params())
+    assert plan.tap == "tap-fc-01234567"
+    assert plan.mac == "06:00:ac:10:00:02"
+    assert plan.bridge.mac == "06:00:ac:10:00:01"
+
+
+REFUSED: list[tuple[str, Any]] = [
+    ("vm_id", "0123456789ABCDEF0123456789ABCDEF"),
+    ("vm_id", "0123456789abcdef0123456789abcde"),
+    ("vm_id", "0123456789abcdef0123456789abcdef\n"),
+    ("vm_id", "../../../../etc/passwd0000000000"),
+    ("bridge.name", "eth0"),
+    ("bridge.name", "br-fcx"),
+    ("bridge.name", "br-fc-"),
+    ("bridge.name", "br-fc-0123456789"),
+    ("bridge.name", "br-fc-A"),
+    ("bridge.name", "br-fc-a/b"),
+    ("bridge.name", 'br-fc-a"b'),
+    ("bridge.name", "br-fc\n"),
+    ("bridge.address", "8.8.8.1"),
+    ("bridge.address", "127.0.0.1"),
+    ("bridge.address", "169.254.0.1"),
+    ("bridge.address", "172.16.0.0"),
+    ("bridge.address", "172.16.0.255"),
+    ("bridge.address", "172.016.0.1"),
+    ("bridge.address", "::1"),
+    ("bridge.address", 2886729729),
+    ("bridge.prefix", 7),
+    ("bridge.prefix", 8),  # 172.0.0.0/8 is not all private
+    ("bridge.prefix", 31),
+    ("bridge.prefix", True),
+    ("bridge.prefix", 24.0),
+    ("guest.address", "172.16.1.2"),
+    ("guest.address", "172.16.0.1"),
+    ("guest.address", "172.16.0.0"),
+    ("guest.address", "172.16.0.255"),
+    ("guest.mac", "06:00:ac:10:00:03"),
+    ("guest.mac", "06:00:AC:10:00:02"),
+    ("isolate", 1),
+    ("isolate", None),
+    ("announce_port", 0),
+    ("announce_port", 65536),
+    ("announce_port", "7001"),
+    ("announce_port", True),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED, ids=[f"{f}={v!r}" for f, v in REFUSED])
+def test_value_against_a_rule_is_refused(field: str, value: Any) -> None:
+    params = build_params()
+    where, _, name = field.rpartition(".")
+    (params[where] if where else params)[name] = value
+    with pytest.raises(HelperError) as caught:
+        validate.parse_prepare(params)
+    assert caught.value.code == "bad_request"
+
+
+def test_refusal_names_field_rule_and_value() -> None:
+    params = build_params()
+    params["bridge"]["name"] = "eth0"
+    with pytest.raises(HelperError, match='^bridge.name must be br-fc, or .* not "eth0"$'):
+        validate.parse_prepare(params)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b"", "bad_request"),
+        (b"[]", "bad_request"),
+        (b'{"version":1,"version":1,"method":"sweep"}', "bad_request"),
+        (b'{"version":1,"method":"sweep","params":{"x":NaN}}', "bad_request"),
+        (b'{"version":1,"method":"sweep","params":[]}', "bad_request"),
+        (b'{"version":1,"method":"sweep","op_id":"a b"}', "bad_request"),
+        (b"\xff", "bad_request"),
+        (b" " * (validate.LINE_LIMIT + 1), "bad_request"),
+        (b"[" * 100_000, "bad_request"),
+        (b'{"version":1,"method":"sweep","params":{"x":' + b"9" * 5000 + b"}}", "bad_request"),
+        (b'{"version":2,"method":"sweep"}', "bad_version"),
+        (b'{"version":true,"method":"sweep"}', "bad_version"),
+        (b'{"method":"sweep"}', "bad_version"),
+        (b'{"version":1,"method":"launch"}', "unknown_method"),
+        (b'{"version":1,"method":["sweep"]}', "unknown_method"),
+        (b'{"version":1}', "unknown_method"),
+    ],
+    ids=lambda value: repr(value[:50]),
+)
+def test_line_that_is_no_request_is_refused(line: bytes, code: str) -> None:
+    with pytest.raises(HelperError) as caught:
+        validate.parse_request(line)
+    assert caught.value.code == code
+
+
+def test_unknown_field_of_the_envelope_is_ignored() -> None:
+    request = validate.parse_request(b'{"version":1,"method":"sweep","token":"x"}')
+    assert (request.method, request.params, request.op_id) == ("sweep", {}, "")
