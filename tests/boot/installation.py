@@ -67,9 +67,15 @@ class Installation:
         return subprocess.Popen(self.argv(*words), env=self.env, **kwargs)
 
     def __call__(
-        self, *words: str, stdin: bytes | None = None, timeout_s: float = 240, cwd: Path | None = None
+        self,
+        *words: str,
+        stdin: bytes | None = None,
+        timeout_s: float = 240,
+        cwd: Path | None = None,
     ) -> Done:
-        p = self.popen(*words, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL, cwd=cwd)
+        p = self.popen(
+            *words, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL, cwd=cwd
+        )
         try:
             out, err = p.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -142,7 +148,9 @@ class Installation:
         parts = []
         for path in [self.state / "bangerd.log", *self.state.glob("vms/*/console.log")]:
             if path.exists():
-                parts.append(f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]))
+                parts.append(
+                    f"--- {path}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:])
+                )
         return "\n".join(parts)
 
     def close(self) -> None:

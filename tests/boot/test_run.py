@@ -106,13 +106,25 @@ def test_two_runs_at_once_do_not_disturb_each_other(banger: Installation) -> Non
 def test_a_guest_that_reboots_in_mid_command_is_reported_as_the_machines_end(
     banger: Installation,
 ) -> None:
-    done = banger("vm", "run", "--rm", *SMALL, "--", "sh", "-c", "echo b > /proc/sysrq-trigger; sleep 100")
+    done = banger(
+        "vm", "run", "--rm", *SMALL, "--", "sh", "-c", "echo b > /proc/sysrq-trigger; sleep 100"
+    )
     assert done.status == 1
     assert "the machine ended while the command ran" in done.err
 
 
 def test_a_guest_kernel_that_panics_is_an_error_with_its_words(banger: Installation) -> None:
-    done = banger("vm", "run", "--name", "panics", *SMALL, "--", "sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100")
+    done = banger(
+        "vm",
+        "run",
+        "--name",
+        "panics",
+        *SMALL,
+        "--",
+        "sh",
+        "-c",
+        "echo c > /proc/sysrq-trigger; sleep 100",
+    )
     assert done.status == 1
     assert "the machine ended" in done.err
     logs = banger("vm", "logs", "panics")

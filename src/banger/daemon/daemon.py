@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from banger import __version__
 from banger.api.results import VmmVerdict
@@ -29,8 +29,7 @@ from banger.store.database import open_database
 from banger.store.vms import VmStore
 from banger.vm.context import VmContext
 from banger.vm.reconcile import reconcile
-from banger.vmm.probe import Verdict, probe
-from banger.vmm.select import choose_driver
+from banger.vmm.probe import Verdict, choose_driver, probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +63,7 @@ class Daemon:
             driver=self.driver,
             authorized_keys=lambda: (ensure_owner_key(self.ssh_key),),
             git_identity=lambda: self._git_identity,
-            bridged=self.bridged,
+            network=self.network,
         )
         self._git_identity: GitIdentity | None = None
         self._verdict: Verdict | None = None
@@ -88,7 +87,11 @@ class Daemon:
         """What this host's KVM can do, found out once by running a vCPU."""
         async with self._probing:
             if self._verdict is None:
-                self._verdict = await asyncio.to_thread(probe)
+                self._verdict = await asyncio.to_thread(
+                    probe,
+                    bin_directory=self.paths.bin,
+                    firecracker_bin=self.settings.firecracker_bin,
+                )
             return self._verdict
 
     async def driver(self) -> Driver:
@@ -99,23 +102,13 @@ class Daemon:
         """
         verdict = await self.verdict()
         if self._driver is None:
-            self._driver = await asyncio.to_thread(
-                choose_driver, self.settings, self.paths, verdict
-            )
+            self._driver = choose_driver(self.settings.vmm, verdict, network=self.network)
         return self._driver
 
-    async def bridged(self) -> bool:
-        """Whether VMs get a tap on the bridge; else QEMU's user-mode network."""
-        if self.host.privilege.kind != "none":
-            return True
-        driver = await self.driver()
-        if driver.name != "qemu":
-            raise BangerError(
-                "operation_failed",
-                f"the firecracker driver needs a tap: {self.host.privilege.missing}",
-                hint=self.host.privilege.hint or 'set vmm = "qemu" in the configuration',
-            )
-        return False
+    @property
+    def network(self) -> Literal["bridge", "user"]:
+        """VMs get a tap on the bridge where somebody may make one, else QEMU's own network."""
+        return "user" if self.host.privilege.kind == "none" else "bridge"
 
     def guard(self, vm_id: str, owner: ProcessRef) -> None:
         """Delete an ephemeral VM when the command that it belongs to has ended."""
@@ -135,8 +128,8 @@ class Daemon:
             accel=verdict.accel,
             kvm_usable=verdict.kvm_usable,
             evidence=verdict.evidence,
-            problem=problem,
-            hint=hint,
+            problem=problem or "; ".join(x.message for x in verdict.problems) or None,
+            hint=hint or next((x.hint for x in verdict.problems if x.hint), None),
         )
 
     async def _read_git_identity(self) -> None:

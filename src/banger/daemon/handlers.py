@@ -112,7 +112,7 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         uptime_s=round(time.monotonic() - daemon.started, 1),
         rss_bytes=rss,
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
-        network="user" if privilege.kind == "none" else "bridge",
+        network=daemon.network,
         network_note=privilege.missing or None,
         vmm=await daemon.vmm_verdict(),
     )

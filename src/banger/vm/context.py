@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from banger.errors import BangerError
 from banger.vm.handles import read_secrets
@@ -45,7 +45,7 @@ class VmContext:
     driver: Callable[[], Coroutine[Any, Any, Driver]]
     authorized_keys: Callable[[], tuple[str, ...]]
     git_identity: Callable[[], GitIdentity | None]
-    bridged: Callable[[], Coroutine[Any, Any, bool]]
+    network: Literal["bridge", "user"]
     handles: dict[str, Handles] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)

@@ -85,7 +85,6 @@ async def create(
     Raises:
         BangerError: nothing of the VM is left then, except with reason guest_not_ready.
     """
-    bridged = await ctx.bridged()
     admission.check_disk(ctx, 0)
     report.stage("reserve", "reserving name and address")
 
@@ -104,7 +103,7 @@ async def create(
             work_disk_bytes=params.disk_bytes,
             address=address,
             mac=derive_mac(address) if address else _USER_MAC,
-            network="bridge" if bridged else "user",
+            network=ctx.network,
             ephemeral=ephemeral,
             created_at=now,
             updated_at=now,
@@ -113,7 +112,7 @@ async def create(
 
     vm = ctx.store.reserve(
         params.name,
-        ctx.settings.subnet if bridged else None,
+        ctx.settings.subnet if ctx.network == "bridge" else None,
         frozenset({ctx.settings.bridge_ip}),
         build,
     )

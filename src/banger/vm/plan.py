@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,16 +25,23 @@ from banger.guest.config import (
 )
 from banger.guest.endpoint import Endpoint, TcpEndpoint, VsockEndpoint
 from banger.host.lease import LeasePlan
-from banger.vmm.machine import Capabilities, Drive, Machine, TapNic, UserNic
+from banger.vmm.machine import (
+    USER_ANNOUNCE_ADDRESS,
+    USER_GATEWAY,
+    USER_GUEST_ADDRESS,
+    USER_PREFIX,
+    Capabilities,
+    Drive,
+    Machine,
+    TapNic,
+    UserNic,
+)
 
 if TYPE_CHECKING:
     from banger.api.records import ImageRecord, KernelRecord
     from banger.config.settings import Settings
     from banger.vm.handles import Secrets
 
-# QEMU's user-mode network, its fixed addresses (QEMU documentation, "Using the user mode network").
-_USER_ADDRESS, _USER_PREFIX, _USER_GATEWAY = "10.0.2.15", 24, "10.0.2.2"
-USER_ANNOUNCE = "10.0.2.100"
 _FIRST_CID = 1024
 _MTU = 1500
 
@@ -87,9 +95,9 @@ def build_start_plan(
         if bridged
         else Network(
             mac=vm.mac,
-            address=_USER_ADDRESS,
-            prefix=_USER_PREFIX,
-            gateway=_USER_GATEWAY,
+            address=USER_GUEST_ADDRESS,
+            prefix=USER_PREFIX,
+            gateway=USER_GATEWAY,
             mtu=_MTU,
             dns=settings.default_dns,
         )
@@ -98,7 +106,8 @@ def build_start_plan(
     transport: VsockTransport | TcpTransport
     announce_path: Path | None = None
     cid: int | None = None
-    if capabilities.vsock:
+    # QEMU's vhost-vsock would share one space of CIDs with everybody on the host: TCP serves there.
+    if capabilities.vsock == "unix":
         transport = VsockTransport()
         endpoint = VsockEndpoint(path=str(paths.vsock), port=AGENT_PORT)
         announce_path = paths.vsock.with_name(f"{paths.vsock.name}_{ANNOUNCE_PORT}")
@@ -111,7 +120,7 @@ def build_start_plan(
         endpoint = TcpEndpoint(address=vm.address, port=AGENT_PORT)
     else:
         assert agent_host_port is not None
-        transport = TcpTransport(announce=f"{USER_ANNOUNCE}:{ANNOUNCE_PORT}", peer=_USER_GATEWAY)
+        transport = TcpTransport(announce=f"{USER_ANNOUNCE_ADDRESS}:{ANNOUNCE_PORT}", peer=USER_GATEWAY)
         endpoint = TcpEndpoint(address="127.0.0.1", port=agent_host_port)
         announce_path = paths.announce_socket
     nic: TapNic | UserNic
@@ -120,7 +129,7 @@ def build_start_plan(
     else:
         assert agent_host_port is not None
         nic = UserNic(
-            mac=vm.mac, agent_port=agent_host_port, announce_socket=str(paths.announce_socket)
+            mac=vm.mac, agent_port=agent_host_port, announce_socket=paths.announce_socket
         )
     return StartPlan(
         vm=vm,
@@ -140,17 +149,17 @@ def build_start_plan(
             vm_id=vm.id,
             vcpu=vm.vcpu,
             memory_mib=vm.memory_mib,
-            kernel=kernel.vmlinux,
-            initrd=str(paths.initrd),
+            kernel=Path(kernel.vmlinux),
+            initrd=paths.initrd,
             drives=(
-                Drive(role="image", path=image.rootfs_path, read_only=True),
-                Drive(role="overlay", path=str(paths.overlay), read_only=False),
-                Drive(role="work", path=str(paths.work), read_only=False),
-                Drive(role="modules", path=kernel.modules, read_only=True),
+                Drive(role="image", path=Path(image.rootfs_path), read_only=True),
+                Drive(role="overlay", path=paths.overlay, read_only=False),
+                Drive(role="work", path=paths.work, read_only=False),
+                Drive(role="modules", path=Path(kernel.modules), read_only=True),
             ),
             nic=nic,
             vsock_cid=cid,
-            runtime=str(paths.runtime),
+            runtime=paths.runtime,
         ),
         endpoint=endpoint,
         guest_config=GuestConfig(

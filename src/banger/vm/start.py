@@ -36,8 +36,7 @@ from banger.vm.plan import StartPlan, build_start_plan
 from banger.vm.undo import Undo
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
+    
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
     from banger.guest.announce import Announcement
     from banger.progress import Reporter
@@ -117,9 +116,16 @@ async def start(
             handles = msgspec.structs.replace(handles, process=process)
             ctx.handles[vm.id] = handles
             write_handles(plan.paths, handles)
+            ended = asyncio.Event()
             exited = asyncio.ensure_future(wait_exit(process))
+            exited.add_done_callback(lambda _: ended.set())
             try:
-                await _first(driver.start(plan.machine, exited), exited, plan, console_start)
+                try:
+                    await driver.start(plan.machine, ended)
+                except BangerError as e:
+                    if e.reason == "vmm_exited" and exited.done():
+                        raise _ended(plan, exited.result(), console_start) from e
+                    raise
                 timer.stage("ready", "waiting for the guest")
                 announcement = await _ready(announced, exited, plan, console_start)
             except BangerError as e:
@@ -202,26 +208,6 @@ async def _release(ctx: VmContext, vm_id: str, fallback: Handles) -> None:
     failures = await release_everything(ctx, vm_id, ctx.handles.get(vm_id, fallback))
     if failures:
         raise BangerError("operation_failed", "; ".join(failures))
-
-
-async def _first(
-    work: Coroutine[Any, Any, None],
-    exited: asyncio.Future[ExitStatus | None],
-    plan: StartPlan,
-    console_start: int,
-) -> None:
-    """Finish `work` unless the VMM ends first; its end explains any failure of ours."""
-    task = asyncio.ensure_future(work)
-    try:
-        racers: list[asyncio.Future[Any]] = [task, exited]
-        await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ended(plan, exited.result(), console_start)
-        await task
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _ready(

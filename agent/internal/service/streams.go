@@ -1,0 +1,141 @@
+package service
+
+import (
+	"io"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"banger/agent/internal/command"
+	"banger/agent/internal/tree"
+	"banger/agent/internal/wire"
+)
+
+// drainWait bounds the discarding of a tar whose unpacking failed.
+const drainWait = 60 * time.Second
+
+func (c *call) exec() error {
+	var p command.Params
+	if err := c.params(&p); err != nil {
+		return err
+	}
+	plan, err := command.BuildPlan(p, c.Host)
+	if err != nil {
+		return err
+	}
+	if err := c.stream(); err != nil {
+		c.Log("exec: answering: %v", err)
+		return nil
+	}
+	err = command.Run(c.Reaper, plan, wire.NewFrameReader(c.in), wire.NewFrameWriter(c.conn), c.Started)
+	if err != nil {
+		c.Log("exec: %v", err)
+	}
+	return nil
+}
+
+func (c *call) put() error {
+	var p struct {
+		Path  string      `json:"path"`
+		Mode  string      `json:"mode"`
+		Owner *tree.Owner `json:"owner"`
+	}
+	if err := c.params(&p); err != nil {
+		return err
+	}
+	if p.Mode != "replace" && p.Mode != "merge" {
+		return wire.Errorf(wire.BadRequest, "put: mode %q is neither replace nor merge", p.Mode)
+	}
+	if err := c.stream(); err != nil {
+		c.Log("put: answering: %v", err)
+		return nil
+	}
+	out := wire.NewFrameWriter(c.conn)
+	data := wire.NewDataReader(wire.NewFrameReader(c.in))
+	counts, err := tree.Put(p.Path, data, p.Owner, p.Mode == "replace")
+	c.finish(out, counts, err)
+	if err != nil {
+		// The client may be sending still, and reads the error only afterwards.
+		_ = c.conn.SetReadDeadline(time.Now().Add(drainWait))
+		_ = data.Drain()
+	}
+	return nil
+}
+
+func (c *call) get() error {
+	var p struct {
+		Path string `json:"path"`
+	}
+	if err := c.params(&p); err != nil {
+		return err
+	}
+	if err := c.stream(); err != nil {
+		c.Log("get: answering: %v", err)
+		return nil
+	}
+	out := wire.NewFrameWriter(c.conn)
+	data := wire.NewDataWriter(out)
+	counts, err := tree.Get(p.Path, data)
+	if err == nil {
+		err = data.Close()
+	}
+	c.finish(out, counts, err)
+	return nil
+}
+
+// finish ends a stream with its result or error.
+func (c *call) finish(out *wire.FrameWriter, result any, err error) {
+	if err == nil {
+		err = out.WriteJSON(wire.Result, result)
+	} else {
+		e := *wire.AsError(err)
+		e.OpID = c.req.OpID
+		err = out.WriteJSON(wire.Failure, &e)
+	}
+	if err != nil {
+		c.Log("%s: answering: %v", c.req.Method, err)
+	}
+}
+
+// dial joins the connection with a TCP port of the guest's loopback.
+func (c *call) dial() error {
+	var p struct {
+		Port int `json:"port"`
+	}
+	if err := c.params(&p); err != nil {
+		return err
+	}
+	if p.Port < 1 || p.Port > 65535 {
+		return wire.Errorf(wire.BadRequest, "dial: port %d is not between 1 and 65535", p.Port)
+	}
+	d := net.Dialer{Timeout: 10 * time.Second}
+	local, err := d.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(p.Port)))
+	if err != nil {
+		return wire.Errorf(wire.OperationFailed, "dial: %v", err)
+	}
+	defer local.Close()
+	if err := c.stream(); err != nil {
+		c.Log("dial: answering: %v", err)
+		return nil
+	}
+	join(c.conn, c.in, local.(Conn))
+	return nil
+}
+
+// join copies both ways until both directions have ended. The end of one is passed on as a
+// half-close; a failure ends both, since the bytes it lost cannot be made up for.
+func join(client Conn, clientIn io.Reader, local Conn) {
+	var both sync.WaitGroup
+	carry := func(to Conn, from io.Reader) {
+		if _, err := io.Copy(to, from); err != nil {
+			client.Close()
+			local.Close()
+			return
+		}
+		_ = to.CloseWrite()
+	}
+	both.Go(func() { carry(local, clientIn) })
+	both.Go(func() { carry(client, local) })
+	both.Wait()
+}

@@ -1,0 +1,107 @@
+"""squashfs files from a tar stream of our own making, by sqfstar; no privilege needed.
+
+sqfstar leaves out what it dislikes and still ends with status 0, so its words are read as errors.
+What goes in has each path once, hard links behind their targets, and no entry for the root.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import tarfile
+from typing import IO, TYPE_CHECKING, cast
+
+from banger.errors import BangerError
+from banger.process import ProcessFailed, get_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from _typeshed import ReadableBuffer as Buffer
+
+    from banger.disk.background import Job
+
+# Within the times that ext4, tar and squashfs can all hold; no host clock gets into an image.
+DEFAULT_EPOCH = 1_700_000_000
+# Python marks headers with binary attributes by this keyword; sqfstar takes all values as binary.
+_HARMLESS = 'Unrecognised keyword "hdrcharset" in pax header, ignoring'
+_TROUBLE = re.compile(r"ignoring|skipping|failed|fatal|error|warning", re.IGNORECASE)
+
+
+def write_squashfs(
+    target: Path,
+    feed: Callable[[IO[bytes]], None],
+    *,
+    job: Job,
+    epoch: int = DEFAULT_EPOCH,
+    root_mode: int = 0o755,
+) -> None:
+    """Write the new file `target` (lz4) from the tar stream that `feed` writes into the pipe.
+
+    `epoch` (seconds) is the time of the filesystem and of its root directory: the same stream gives
+    the same bytes.
+
+    Raises:
+        BangerError: sqfstar is missing (not_found), failed, or left something out. `target` is
+            then removed. Whatever `feed` raises goes through.
+    """
+    sqfstar = get_program("sqfstar", package="squashfs-tools")
+    trouble: list[str] = []
+
+    def on_line(line: str) -> None:
+        if _TROUBLE.search(line) and line != _HARMLESS:
+            trouble.append(line)
+
+    argv = [
+        sqfstar, "-comp", "lz4", "-no-progress",
+        "-root-mode", f"{root_mode:o}", "-root-uid", "0", "-root-gid", "0", str(target),
+    ]  # fmt: skip
+    try:
+        with (
+            job.program(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={"SOURCE_DATE_EPOCH": str(epoch)},
+                on_line=on_line,
+            ) as p,
+        ):
+            assert p.stdin
+            try:
+                feed(p.stdin)
+                p.stdin.close()
+            except BrokenPipeError:
+                # It ended first: leaving the block reports its status and last words.
+                if p.wait() == 0:
+                    raise
+        if trouble:
+            raise BangerError(
+                "operation_failed",
+                f"writing {target.name}: sqfstar left something out: {trouble[0]}",
+            )
+    except BaseException as e:
+        target.unlink(missing_ok=True)
+        if isinstance(e, ProcessFailed):
+            raise BangerError("operation_failed", f"writing {target.name}: {e}") from e
+        raise
+
+
+def open_tar_writer(stream: IO[bytes]) -> tarfile.TarFile:
+    """A tar writer for a pipe: pax, which carries long names, large files and xattrs."""
+    pipe = cast("IO[bytes]", _Pipe(stream))
+    return tarfile.open(fileobj=pipe, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 18)
+
+
+class _Pipe(io.RawIOBase):
+    """A stream that the tar writer cannot close behind our back when an entry fails."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
+        return self._stream.write(data)

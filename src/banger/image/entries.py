@@ -1,0 +1,197 @@
+"""Stored images: `<state>/images/<id>/` with manifest.json, which is the truth about them.
+
+An image appears and disappears by a rename. A managed image holds its root filesystem; an unmanaged
+one names a file of the user's by its absolute path. There is no database row.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from banger import files
+from banger.api.records import ImageConfig, ImageRecord
+from banger.disk.background import Job
+from banger.disk.identity import FileChanged, FileIdentity, check_identity
+from banger.errors import BangerError
+from banger.names import check_entry_name
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from banger.config.paths import Paths
+
+ROOTFS = "rootfs.sqfs"
+MANIFEST = "manifest.json"
+
+
+class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`manifest.json` of an image (spec 5.1). `rootfs_mtime_ns` is for the check at each start."""
+
+    schema: Literal[1] = 1
+    name: str
+    distro: str
+    arch: str
+    kernel_ref: str
+    rootfs_file: str
+    rootfs_sha256: str
+    rootfs_bytes: int
+    rootfs_mtime_ns: int
+    features: tuple[str, ...] = ()
+    recipe: str | None = None
+    optional_missing: tuple[str, ...] = ()
+    install_sshd: bool = False
+    description: str = ""
+    created_at: str = ""
+    oci: ImageConfig | None = None
+
+    @property
+    def identity(self) -> FileIdentity:
+        return FileIdentity(
+            sha256=self.rootfs_sha256, size_bytes=self.rootfs_bytes, mtime_ns=self.rootfs_mtime_ns
+        )
+
+
+def find_image(paths: Paths, name_or_id: str) -> ImageRecord | None:
+    """The image with this name or this id, or None.
+
+    Raises:
+        BangerError: the name is not allowed, or a manifest cannot be read.
+    """
+    check_entry_name(name_or_id, "image")
+    if manifest := find_manifest(paths.images / name_or_id):
+        return _record(paths.images / name_or_id, manifest)
+    return next((r for r in list_images(paths) if r.name == name_or_id), None)
+
+
+def get_image(paths: Paths, name_or_id: str) -> ImageRecord:
+    """As `find_image`, but a missing image is not_found."""
+    record = find_image(paths, name_or_id)
+    if record is None:
+        raise BangerError(
+            "not_found",
+            f"there is no image {name_or_id!r} here",
+            hint=f"banger image pull {name_or_id}",
+        )
+    return record
+
+
+def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
+    """All images, by name."""
+    try:
+        directories = [p for p in paths.images.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
+    except FileNotFoundError:
+        return ()
+    found = [_record(d, manifest) for d in directories if (manifest := find_manifest(d))]
+    return tuple(sorted(found, key=lambda record: record.name))
+
+
+def delete_image(paths: Paths, name_or_id: str) -> None:
+    """Remove an image, of an unmanaged one only the entry. The caller checks that no VM uses it.
+
+    Raises:
+        BangerError: not_found.
+    """
+    name = get_image(paths, name_or_id).name
+    with lock_image(paths, name, Job()):
+        record = get_image(paths, name)
+        # Out of sight by one rename first: an image is never seen half removed.
+        with files.staging_directory(paths.images, f"delete-{name}") as aside:
+            (paths.images / record.id).rename(aside / record.id)
+
+
+def verify_image(paths: Paths, name_or_id: str) -> tuple[str, ...]:
+    """Hash the stored root filesystem; what differs from the manifest, in words."""
+    record = get_image(paths, name_or_id)
+    try:
+        check_identity(
+            Path(record.rootfs_path), _manifest(paths, record).identity, hash_always=True
+        )
+    except FileChanged as e:
+        return (str(e),)
+    return ()
+
+
+def check_image_files(paths: Paths, record: ImageRecord) -> None:
+    """The preflight of a start: the root filesystem is there with unchanged size and time.
+
+    With another time it is hashed; when its content is what was recorded, the new time is recorded.
+
+    Raises:
+        BangerError: operation_failed, reason files_changed. not_found: the image is gone.
+    """
+    manifest = _manifest(paths, record)
+    try:
+        found = check_identity(Path(record.rootfs_path), manifest.identity)
+    except FileChanged as e:
+        raise BangerError(
+            "operation_failed",
+            f"the image {record.name} is not what was stored: {e}",
+            hint=f"banger image verify {record.name}",
+            reason="files_changed",
+        ) from e
+    if found != manifest.identity:
+        write_manifest(
+            paths.images / record.id,
+            msgspec.structs.replace(manifest, rootfs_mtime_ns=found.mtime_ns),
+        )
+
+
+def lock_image(paths: Paths, name: str, job: Job) -> AbstractContextManager[None]:
+    """The lock that building and deleting an image of one name share."""
+    return job.locked(paths.images / f".{check_entry_name(name, 'image')}.lock")
+
+
+def find_manifest(directory: Path) -> ImageManifest | None:
+    """The manifest in `directory`; None when there is none.
+
+    Raises:
+        BangerError: operation_failed: it cannot be read, or says nothing sensible.
+    """
+    path = directory / MANIFEST
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ImageManifest)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, msgspec.DecodeError) as e:
+        raise BangerError(
+            "operation_failed", f"reading the image manifest {path}: {e}", hint=f"ls -l {path}"
+        ) from e
+
+
+def write_manifest(directory: Path, manifest: ImageManifest) -> None:
+    """Write `manifest.json` into an image's directory."""
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    files.write_atomic(directory / MANIFEST, content + b"\n", mode=0o444)
+
+
+def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:
+    manifest = find_manifest(paths.images / record.id)
+    if manifest is None:
+        raise BangerError(
+            "not_found", f"the image {record.name} is gone", hint=f"banger image pull {record.name}"
+        )
+    return manifest
+
+
+def _record(directory: Path, m: ImageManifest) -> ImageRecord:
+    return ImageRecord(
+        id=directory.name,
+        name=m.name,
+        distro=m.distro,
+        arch=m.arch,
+        kernel_ref=m.kernel_ref,
+        rootfs_path=str(directory / m.rootfs_file),  # an absolute rootfs_file stays what it is
+        rootfs_sha256=m.rootfs_sha256,
+        rootfs_bytes=m.rootfs_bytes,
+        managed=not Path(m.rootfs_file).is_absolute(),
+        features=m.features,
+        recipe=m.recipe,
+        optional_missing=m.optional_missing,
+        description=m.description,
+        created_at=m.created_at,
+        oci=m.oci,
+    )
