@@ -106,10 +106,20 @@ def _copy_extents(src: int, dst: int) -> None:
     for start, end in _data_extents(src, size):
         offset = start
         while offset < end:
-            copied = os.copy_file_range(src, dst, min(end - offset, 64 * _CHUNK), offset, offset)
+            copied = _copy_some(src, dst, offset, min(end - offset, 64 * _CHUNK))
             if copied == 0:
                 raise OSError(errno.EIO, "the source became shorter while it was copied")
             offset += copied
+
+
+def _copy_some(src: int, dst: int, offset: int, count: int) -> int:
+    try:
+        return os.copy_file_range(src, dst, count, offset, offset)
+    except OSError as e:
+        # Between filesystems of different types the kernel refuses (since Linux 5.19).
+        if e.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return os.pwrite(dst, os.pread(src, min(count, _CHUNK), offset), offset)
 
 
 def _data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -232,3 +232,31 @@ def run_attached(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGINT, old)
     return 128 - status if status < 0 else status
+
+
+def read_stat(pid: int) -> tuple[str, int] | None:
+    """State and start time (clock ticks since boot) of a process; None when it is gone.
+
+    Source: proc_pid_stat(5), fields 3 and 22.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name in field 2 may hold spaces and parentheses: count after the last one.
+    fields = text[text.rindex(")") + 2 :].split()
+    return fields[0], int(fields[19])
+
+
+def open_process(pid: int, start_time: int) -> int | None:
+    """A pidfd of this very process (readable when it has ended); None when it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # After the open: from here on the pid cannot change hands unseen.
+    stat = read_stat(pid)
+    if stat is None or stat[1] != start_time:
+        os.close(fd)
+        return None
+    return fd

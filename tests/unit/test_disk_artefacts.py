@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from banger.disk.artefacts import built_artefacts, inputs_key
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, check_identity, identify
-from banger.disk.space import require_space
+from banger.disk.space import explain_disk_full, require_space
 from banger.errors import BangerError
 from banger.units import TIB
 
@@ -133,3 +134,18 @@ def test_a_step_that_would_touch_the_reserve_is_refused_before_it_writes(tmp_pat
 
 def test_a_step_with_room_passes(tmp_path: Path) -> None:
     require_space(tmp_path, needed_bytes=1, reserve_bytes=0, doing="pulling k")
+
+
+def test_a_disk_that_fills_up_on_the_way_is_called_so() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/state/x")
+    converted = BangerError("operation_failed", "unpacking linux")
+    converted.__cause__ = full
+    for error in (full, converted):
+        explained = explain_disk_full(error)
+        assert isinstance(explained, BangerError)
+        assert explained.reason == "disk_full"
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    for error in (OSError(errno.EACCES, "Permission denied"), ValueError("x")):
+        assert explain_disk_full(error) is error

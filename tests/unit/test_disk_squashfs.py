@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -38,7 +39,11 @@ def feed_file(name: str, content: bytes) -> Callable[[IO[bytes]], None]:
 
 def listing(image: Path) -> str:
     return subprocess.run(
-        ["unsquashfs", "-lln", image], capture_output=True, text=True, check=True
+        ["unsquashfs", "-lln", image],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TZ": "UTC"},
     ).stdout
 
 
@@ -54,6 +59,28 @@ def test_a_file_arrives_with_owner_and_mode(tmp_path: Path) -> None:
 def test_the_root_directory_is_not_writable_by_others(tmp_path: Path) -> None:
     write_squashfs(tmp_path / "x.sqfs", feed_file("a", b""), job=Job())
     assert listing(tmp_path / "x.sqfs").startswith("drwxr-xr-x 0/0")
+
+
+def test_all_root_overrides_the_stream(tmp_path: Path) -> None:
+    def feed(stream: IO[bytes]) -> None:
+        with open_tar_writer(stream) as tar:
+            info = member("a")
+            info.uid = info.gid = 1000
+            tar.addfile(info)
+
+    write_squashfs(tmp_path / "x.sqfs", feed, job=Job(), all_root=True)
+    assert "1000" not in listing(tmp_path / "x.sqfs")
+
+
+def test_without_an_epoch_the_streams_times_stay(tmp_path: Path) -> None:
+    def feed(stream: IO[bytes]) -> None:
+        with open_tar_writer(stream) as tar:
+            info = member("a")
+            info.mtime = 1_800_000_000
+            tar.addfile(info)
+
+    write_squashfs(tmp_path / "x.sqfs", feed, job=Job(), epoch=None)
+    assert listing(tmp_path / "x.sqfs").splitlines()[-1].split()[3:5] == ["2027-01-15", "08:00"]
 
 
 def test_the_same_stream_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -81,7 +108,6 @@ def test_a_binary_capability_survives(tmp_path: Path) -> None:
     )
     if done.returncode != 0:
         pytest.skip("this user may not set capabilities")
-    import os
 
     assert os.getxattr(tmp_path / "out/ping", "security.capability") == capability
 

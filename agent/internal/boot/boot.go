@@ -17,7 +17,6 @@ import (
 
 	"banger/agent/internal/disk"
 	"banger/agent/internal/guest"
-	"banger/agent/internal/kernel"
 	"banger/agent/internal/link"
 )
 
@@ -138,7 +137,8 @@ func (m *machine) mountRoot() error {
 	if err := planOverlayDisk(devices.Overlay).do(); err != nil {
 		return err
 	}
-	if m.over, err = syscall.Open(overDir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
+	const flags = syscall.O_RDONLY | syscall.O_DIRECTORY | syscall.O_CLOEXEC
+	if m.over, err = syscall.Open(overDir, flags, 0); err != nil {
 		return err
 	}
 	m.grow(devices.Overlay, m.over)
@@ -275,6 +275,3 @@ func uptime() string {
 	}
 	return fmt.Sprintf("%d s", info.Uptime)
 }
-
-// syncAll writes back what the boot has written, through a descriptor that cannot be missing.
-func (m *machine) syncAll() { _ = kernel.Syncfs(m.over) }

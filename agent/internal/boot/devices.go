@@ -26,7 +26,8 @@ func openUevents() (uevents, error) {
 	if err != nil {
 		return uevents{}, fmt.Errorf("listening for devices: %w", err)
 	}
-	if err := syscall.Bind(fd, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK, Groups: 1}); err != nil {
+	group := &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK, Groups: 1}
+	if err := syscall.Bind(fd, group); err != nil {
 		syscall.Close(fd)
 		return uevents{}, fmt.Errorf("listening for devices: %w", err)
 	}

@@ -160,8 +160,7 @@ func (g *resident) Init() (kind, state string) {
 	case "systemd":
 		return kind, g.systemdState()
 	case "openrc":
-		// Written when the boot runlevels are done.
-		if _, err := os.Stat("/run/openrc/softlevel"); err != nil {
+		if !openrcDone("/run/openrc") {
 			return kind, "starting"
 		}
 	case "runit":
@@ -190,6 +189,19 @@ func (g *resident) systemdState() string {
 		return "initializing" // not answering yet
 	}
 	return "unknown"
+}
+
+// openrcDone tells whether OpenRC has left its boot runlevels; dir is its state directory.
+func openrcDone(dir string) bool {
+	level, err := os.ReadFile(dir + "/softlevel")
+	if err != nil {
+		return false
+	}
+	if _, err := os.Stat(dir + "/rc.starting"); err == nil {
+		return false
+	}
+	name := strings.TrimSpace(string(level))
+	return name != "sysinit" && name != "boot"
 }
 
 func isRunning(name string) bool {
@@ -313,7 +325,7 @@ func (g *resident) writable() []int {
 // Stop implements service.Machine. Of several requests the first counts.
 func (g *resident) Stop(grace time.Duration) {
 	g.stop.Do(func() {
-		system := halt.New(g.reaper, g.writable, g.log)
+		system := halt.New(g.reaper, g.handover.Init, g.writable, g.log)
 		if err := system.Stop(g.handover.Init, grace); err != nil {
 			g.log("stopping: %v", err)
 		}

@@ -107,7 +107,8 @@ func mountModules(device string) error {
 		return err
 	}
 	target := modulesTarget("/", cString(name.Release[:]))
-	return mount{device, target, "squashfs", syscall.MS_RDONLY | syscall.MS_NODEV | syscall.MS_NOSUID, ""}.do()
+	const flags = syscall.MS_RDONLY | syscall.MS_NODEV | syscall.MS_NOSUID
+	return mount{device, target, "squashfs", flags, ""}.do()
 }
 
 func cString(chars []int8) string {

@@ -246,6 +246,7 @@ func TestStdinThatNobodyReadsDoesNotHoldTheExit(t *testing.T) {
 }
 
 func TestHundredMegabytesArriveCompleteAtASlowReader(t *testing.T) {
+	t.Parallel()
 	const total = 100 << 20
 	c := sh(t, fmt.Sprintf("head -c %d /dev/zero; echo end >&2", total))
 	got, pause := 0, 0
@@ -297,6 +298,7 @@ func TestManyCommandsAtOnceKeepTheirStreamsApart(t *testing.T) {
 }
 
 func TestLeftoversHoldTheExitByTwoSecondsAtMostAndLiveOn(t *testing.T) {
+	t.Parallel()
 	marker := filepath.Join(t.TempDir(), "alive")
 	begin := time.Now()
 	c := sh(t, "(sleep 3; echo late; echo late >&2; echo yes > "+marker+") & head -c 300000 /dev/zero; exit 4")
@@ -318,6 +320,7 @@ func TestLeftoversHoldTheExitByTwoSecondsAtMostAndLiveOn(t *testing.T) {
 }
 
 func TestABusyLeftoverDoesNotKeepTheStreamGoing(t *testing.T) {
+	t.Parallel()
 	begin := time.Now()
 	c := sh(t, "yes & echo $! >&2; exit 0")
 	o := c.finish()
@@ -330,6 +333,7 @@ func TestABusyLeftoverDoesNotKeepTheStreamGoing(t *testing.T) {
 }
 
 func TestLostConnectionHangsUpAndThenKillsTheGroup(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	c := sh(t, fmt.Sprintf("trap 'echo hup > %s/hup' HUP; echo ready; while :; do sleep 1; done", dir))
 	c.next()

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"syscall"
 	"time"
 )
@@ -20,9 +21,11 @@ const (
 type System struct {
 	// Run runs a tool of the guest.
 	Run func(ctx context.Context, argv ...string) error
-	// SignalAll signals every process but this one and process 1.
+	// Services lists runit's service directories.
+	Services func() []string
+	// SignalAll signals every process but this one, process 1, and what supervises for it.
 	SignalAll func(sig syscall.Signal) error
-	// WaitGone waits until no other process is left, false at the deadline.
+	// WaitGone waits until none of these is left, false at the deadline.
 	WaitGone func(deadline time.Time) bool
 	Sync     func()
 	// ReadOnly makes every filesystem read-only that can be written.
@@ -51,6 +54,14 @@ func (s System) Stop(init string, grace time.Duration) error {
 		// Not "reboot": its last steps know nothing of the filesystem below the overlay.
 		if err := s.Run(ctx, "openrc", "shutdown"); err != nil {
 			s.Log("stopping the services: %v", err)
+		}
+	case "runit":
+		if services := s.Services(); len(services) > 0 {
+			half := strconv.Itoa(int(max(1, grace.Seconds()/2)))
+			stop := append([]string{"sv", "-w", half, "force-stop"}, services...)
+			if err := s.Run(ctx, stop...); err != nil {
+				s.Log("stopping the services: %v", err)
+			}
 		}
 	}
 	return s.Force(deadline)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,9 +17,16 @@ import (
 	"banger/agent/internal/procs"
 )
 
-// New returns the System of this guest. writable opens the roots of its ext4 mounts; it is called
-// when everything else has ended.
-func New(reaper *procs.Reaper, writable func() []int, log func(string, ...any)) System {
+// supervisors are the helpers of process 1 that are left alone: when runsvdir ends, runit goes on
+// to kill everything and to power off, before the filesystems are read-only.
+var supervisors = map[string][]string{"runit": {"runsvdir", "runsv"}}
+
+// New returns the System of this guest, whose process 1 is init. writable opens the roots of its
+// ext4 mounts; it is called when everything else has ended.
+func New(reaper *procs.Reaper, init string, writable func() []int,
+	log func(string, ...any),
+) System {
+	victims := func() []int { return userProcesses(supervisors[init]) }
 	return System{
 		Run: func(ctx context.Context, argv ...string) error {
 			path, err := findTool(argv[0])
@@ -28,8 +36,15 @@ func New(reaper *procs.Reaper, writable func() []int, log func(string, ...any)) 
 			_, err = reaper.Run(ctx, append([]string{path}, argv[1:]...)...)
 			return err
 		},
-		SignalAll: func(sig syscall.Signal) error { return syscall.Kill(-1, sig) },
-		WaitGone:  waitGone,
+		Services: func() []string {
+			services, _ := filepath.Glob("/etc/service/*")
+			if len(services) == 0 {
+				services, _ = filepath.Glob("/var/service/*")
+			}
+			return services
+		},
+		SignalAll: func(sig syscall.Signal) error { return signalAll(sig, init, victims) },
+		WaitGone:  func(deadline time.Time) bool { return waitGone(victims(), deadline) },
 		Sync:      syscall.Sync,
 		ReadOnly:  func() error { return readOnly(writable()) },
 		Reboot:    Reboot,
@@ -52,15 +67,28 @@ func findTool(name string) (string, error) {
 	return "", fmt.Errorf("the guest has no %s", name)
 }
 
-// waitGone waits for the processes that run now, not for those that a process 1 starts meanwhile.
-func waitGone(deadline time.Time) bool {
+// signalAll signals all at once where nobody is to be left out, which no fork can escape.
+func signalAll(sig syscall.Signal, init string, victims func() []int) error {
+	if len(supervisors[init]) == 0 {
+		return syscall.Kill(-1, sig)
+	}
+	for _, pid := range victims() {
+		if err := syscall.Kill(pid, sig); err != nil && err != syscall.ESRCH {
+			return err
+		}
+	}
+	return nil
+}
+
+// waitGone waits for these processes, not for those that a process 1 starts meanwhile.
+func waitGone(pids []int, deadline time.Time) bool {
 	var fds []kernel.PollFd
 	defer func() {
 		for _, p := range fds {
 			syscall.Close(int(p.Fd))
 		}
 	}()
-	for _, pid := range userProcesses() {
+	for _, pid := range pids {
 		fd, err := kernel.PidfdOpen(pid)
 		if err == nil {
 			fds = append(fds, kernel.PollFd{Fd: int32(fd), Events: kernel.PollIn})
@@ -84,8 +112,9 @@ func waitGone(deadline time.Time) bool {
 	return true
 }
 
-// userProcesses lists the processes that are neither threads of the kernel, process 1, nor this.
-func userProcesses() []int {
+// userProcesses lists the processes that are neither threads of the kernel, process 1, this one,
+// nor named in spared.
+func userProcesses(spared []string) []int {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil
@@ -97,11 +126,22 @@ func userProcesses() []int {
 			continue
 		}
 		stat, err := os.ReadFile("/proc/" + e.Name() + "/stat")
-		if err == nil && !isKernelThread(string(stat)) {
-			pids = append(pids, pid)
+		if err != nil || isKernelThread(string(stat)) ||
+			slices.Contains(spared, commandName(string(stat))) {
+			continue
 		}
+		pids = append(pids, pid)
 	}
 	return pids
+}
+
+// commandName is what stands between the first "(" and the last ")" of a /proc/PID/stat line.
+func commandName(stat string) string {
+	first, last := strings.IndexByte(stat, '('), strings.LastIndexByte(stat, ')')
+	if first < 0 || last < first {
+		return ""
+	}
+	return stat[first+1 : last]
 }
 
 // isKernelThread looks at the flags of a /proc/PID/stat line. Fields count after the last ")",

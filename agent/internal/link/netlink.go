@@ -43,7 +43,8 @@ func request(kind, flags uint16, body []byte) ([]syscall.NetlinkMessage, error) 
 	binary.NativeEndian.PutUint16(msg[6:], flags|syscall.NLM_F_REQUEST)
 	binary.NativeEndian.PutUint32(msg[8:], seq)
 	msg = append(msg, body...)
-	if err := syscall.Sendto(fd, msg, 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}); err != nil {
+	kernel := &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}
+	if err := syscall.Sendto(fd, msg, 0, kernel); err != nil {
 		return nil, fmt.Errorf("sending a netlink request: %w", err)
 	}
 	var replies []syscall.NetlinkMessage

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -25,8 +26,8 @@ func (s *Server) Announce(ctx context.Context, to Address) error {
 		if err == nil {
 			return nil
 		}
-		if err.Error() != last {
-			last = err.Error()
+		if cause := rootCause(err); cause != last {
+			last = cause
 			s.Log("announcing to the host: %v; trying on", err)
 		}
 		select {
@@ -35,6 +36,17 @@ func (s *Server) Announce(ctx context.Context, to Address) error {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, longestPause)
+	}
+}
+
+// rootCause is the text of the innermost error: outer ones name ports that change with each try.
+func rootCause(err error) string {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err.Error()
+		}
+		err = inner
 	}
 }
 

@@ -28,7 +28,8 @@ func (c *call) exec() error {
 		c.Log("exec: answering: %v", err)
 		return nil
 	}
-	err = command.Run(c.Reaper, plan, wire.NewFrameReader(c.in), wire.NewFrameWriter(c.conn), c.Started)
+	in, out := wire.NewFrameReader(c.in), wire.NewFrameWriter(c.conn)
+	err = command.Run(c.Reaper, plan, in, out, c.Started)
 	if err != nil {
 		c.Log("exec: %v", err)
 	}

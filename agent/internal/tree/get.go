@@ -64,7 +64,8 @@ func (p *packer) root(path string) error {
 	if err != nil {
 		return err
 	}
-	dir, err := syscall.Open(filepath.Dir(real), syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	dir, err := syscall.Open(filepath.Dir(real),
+		syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}

@@ -43,6 +43,9 @@ class AgentAccess(Wire, frozen=True, kw_only=True):
     token: str
     cwd: str | None
     login: bool
+    vmm_pid: int
+    vmm_start_time: int
+    """The VMM's process: its end is the machine's, which a TCP connection would never tell."""
 
 
 class RunResult(Wire, frozen=True, kw_only=True):

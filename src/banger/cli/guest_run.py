@@ -9,6 +9,7 @@ from banger.api import params as p
 from banger.api.records import VmRecord
 from banger.cli import stream
 from banger.errors import BangerError
+from banger.process import open_process
 
 if TYPE_CHECKING:
     from banger.api.results import AgentAccess
@@ -45,12 +46,16 @@ def run(
         login=access.login,
         tty=use_tty,
     )
+    machine = open_process(access.vmm_pid, access.vmm_start_time)
     try:
-        return stream.run(sock, process)
+        return stream.run(sock, process, machine=machine)
     except BangerError as e:
         if e.reason != "connection_lost":
             raise
         raise _what_became_of(server, access.vm, e) from e
+    finally:
+        if machine is not None:
+            os.close(machine)
 
 
 def _what_became_of(server: Server, vm: VmRecord, lost: BangerError) -> BangerError:

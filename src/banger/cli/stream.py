@@ -83,8 +83,10 @@ def terminal_size() -> tuple[int, int]:
     return 24, 80
 
 
-def run(sock: socket.socket, process: GuestProcess) -> int:
+def run(sock: socket.socket, process: GuestProcess, *, machine: int | None = None) -> int:
     """Run a guest command to its end and return its exit status (128+n for signal n).
+
+    `machine` is a pidfd of the VMM: its end is the connection's, even where the socket is silent.
 
     Raises:
         BangerError: the agent refused it; connection_lost: its fate is not known here.
@@ -94,7 +96,8 @@ def run(sock: socket.socket, process: GuestProcess) -> int:
     decoder = FrameDecoder()
     rest = _read_reply(sock)
     with _signals(tty_mode=process.tty) as pending, _raw_terminal(enabled=process.tty):
-        return _Session(sock, decoder, pending, rest, tty_mode=process.tty).run()
+        session = _Session(sock, decoder, pending, rest, machine, tty_mode=process.tty)
+        return session.run()
 
 
 def _read_reply(sock: socket.socket) -> bytes:
@@ -202,6 +205,7 @@ class _Session:
         decoder: FrameDecoder,
         pending: _Pending,
         rest: bytes,
+        machine: int | None,
         *,
         tty_mode: bool,
     ) -> None:
@@ -209,6 +213,7 @@ class _Session:
         self._decoder = decoder
         self._pending = pending
         self._rest = rest
+        self._machine = machine
         self._tty = tty_mode
         self._credit = 256 << 10
         self._stdin_open = True
@@ -238,6 +243,8 @@ class _Session:
             poll.register(self._sock, events)
         if self._stdin_open and self._credit > 0 and not self._sending and self._status is None:
             poll.register(0, select.POLLIN)
+        if self._machine is not None and self._status is None and events & select.POLLIN:
+            poll.register(self._machine, select.POLLIN)
         for output in (self._stdout, self._stderr):
             if output.waiting:
                 poll.register(output.fd, select.POLLOUT)
@@ -252,6 +259,9 @@ class _Session:
             self._flush()
         if happened & (select.POLLIN | select.POLLHUP | select.POLLERR):
             self._receive()
+        elif self._machine in ready:
+            # Only after all that had arrived was read.
+            raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost")
         if 0 in ready:
             self._read_stdin()
 

@@ -92,7 +92,10 @@ async def answer_with_agent(
     subdirectory: str | None = None,
 ) -> None:
     """Connect to the VM's agent and answer the call with the descriptor."""
-    sock = await daemon.vms.client(vm).open()
+    client = daemon.vms.client(vm)
+    process = daemon.vms.handles[vm.id].process
+    assert process is not None
+    sock = await client.open()
     try:
         vm = daemon.store.update(vm.id, touched_at=now_text())
         access = r.AgentAccess(
@@ -100,6 +103,8 @@ async def answer_with_agent(
             token=read_secrets(daemon.vms.vm_paths(vm.id)).token,
             cwd=subdirectory or (vm.workspace.guest_path if vm.workspace else None),
             login=True,
+            vmm_pid=process.pid,
+            vmm_start_time=process.start_time,
         )
         # The client reads it with blocking calls; the flag belongs to the shared description.
         os.set_blocking(sock.fileno(), True)

@@ -89,7 +89,9 @@ async def ship(
         )
 
     try:
-        result, received = await daemon.vms.client(vm).put(shipment.guest_path, write)
+        result, received = await daemon.vms.while_running(
+            vm, daemon.vms.client(vm).put(shipment.guest_path, write)
+        )
     except BaseException:
         stopped.set()
         raise

@@ -17,6 +17,7 @@ import subprocess
 import threading
 from typing import IO, TYPE_CHECKING, TypeVar
 
+from banger.disk.space import explain_disk_full
 from banger.process import ProcessFailed, get_program, popen
 from banger.progress import Reporter, Silent
 
@@ -191,7 +192,7 @@ def _guarded(work: Callable[[Job], T], job: Job) -> Callable[[], T]:
     try:
         result = work(job)
     except BaseException as e:
-        error = e
+        error = explain_disk_full(e)
 
         def fail() -> T:
             raise error

@@ -7,6 +7,7 @@ What goes in has each path once, hard links behind their targets, and no entry f
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import tarfile
@@ -35,13 +36,15 @@ def write_squashfs(
     feed: Callable[[IO[bytes]], None],
     *,
     job: Job,
-    epoch: int = DEFAULT_EPOCH,
-    root_mode: int = 0o755,
+    epoch: int | None = DEFAULT_EPOCH,
+    all_root: bool = False,
 ) -> None:
     """Write the new file `target` (lz4) from the tar stream that `feed` writes into the pipe.
 
-    `epoch` (seconds) is the time of the filesystem and of its root directory: the same stream gives
-    the same bytes.
+    With an `epoch` (seconds) the same stream gives the same bytes: it is the time of the filesystem
+    and of its root directory, and later times in the stream become it. Without one, these two are
+    the present time and the stream's own times stay. The root directory is 0755 and root's; with
+    `all_root` everything is root's, whatever the stream says.
 
     Raises:
         BangerError: sqfstar is missing (not_found), failed, or left something out. `target` is
@@ -54,17 +57,21 @@ def write_squashfs(
         if _TROUBLE.search(line) and line != _HARMLESS:
             trouble.append(line)
 
-    argv = [
-        sqfstar, "-comp", "lz4", "-no-progress",
-        "-root-mode", f"{root_mode:o}", "-root-uid", "0", "-root-gid", "0", str(target),
-    ]  # fmt: skip
+    argv = [sqfstar, "-comp", "lz4", "-no-progress", "-root-mode", "755"]
+    if all_root:
+        argv.append("-all-root")
+    elif os.geteuid() != 0:
+        # sqfstar gives the root directory to whoever runs it and ignores -root-uid (4.5.1), so it
+        # has to believe that it is root.
+        argv[:0] = [get_program("unshare", package="util-linux"), "--map-root-user", "--"]
+    argv.append(str(target))
     try:
         with (
             job.program(
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                env={"SOURCE_DATE_EPOCH": str(epoch)},
+                env={} if epoch is None else {"SOURCE_DATE_EPOCH": str(epoch)},
                 on_line=on_line,
             ) as p,
         ):

@@ -14,6 +14,7 @@ from banger.api.base import Wire
 from banger.errors import BangerError
 
 _HANDSHAKE_LIMIT = 64
+_GONE_MS = 120_000
 
 
 class VsockEndpoint(Wire, frozen=True, kw_only=True, tag_field="kind", tag="vsock-uds"):
@@ -51,6 +52,11 @@ async def connect(endpoint: Endpoint, *, timeout_s: float) -> socket.socket:
                     sock, (endpoint.address, endpoint.port)
                 )
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # A guest that vanished sends no reset: give up on it some time, tcp(7). Whoever
+                # can see the VMM's end watches that, which is quicker.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _GONE_MS)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
             else:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 await _connect_vsock(sock, Path(endpoint.path), endpoint.port)

@@ -66,7 +66,7 @@ async def launch_vmm(
         pid = process.spawn_detached(argv, cwd=cwd, output=output)
     finally:
         os.close(output)
-    stat = _read_stat(pid)
+    stat = process.read_stat(pid)
     # Not reaped yet, so the pid is taken even if the process has ended.
     assert stat is not None
     ref = ProcessRef(pid=pid, start_time=stat[1])
@@ -88,7 +88,7 @@ async def launch_vmm(
 
 def is_alive(ref: ProcessRef) -> bool:
     """Whether this very process runs; a zombie does not."""
-    stat = _read_stat(ref.pid)
+    stat = process.read_stat(ref.pid)
     return stat is not None and stat[0] not in "ZX" and stat[1] == ref.start_time
 
 
@@ -161,17 +161,12 @@ def signal_vmm(ref: ProcessRef, name: str, *, missing_ok: bool = False) -> None:
 @contextlib.contextmanager
 def _opened(ref: ProcessRef) -> Iterator[int | None]:
     """A pidfd of this very process, None when it is gone."""
+    fd = process.open_process(ref.pid, ref.start_time)
     try:
-        fd = os.pidfd_open(ref.pid)
-    except ProcessLookupError:
-        yield None
-        return
-    try:
-        # After the open: from here on the pid cannot change hands unseen.
-        stat = _read_stat(ref.pid)
-        yield fd if stat is not None and stat[1] == ref.start_time else None
+        yield fd
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
 
 
 async def _wait_readable(fd: int) -> ExitStatus | None:
@@ -208,17 +203,6 @@ def _reap(fd: int) -> None:
         os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG)
 
 
-def _read_stat(pid: int) -> tuple[str, int] | None:
-    """State and start time of a process: fields 3 and 22 of proc(5) stat, None when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The name in field 2 may hold spaces and parentheses: count after the last one.
-    fields = text[text.rindex(")") + 2 :].split()
-    return fields[0], int(fields[19])
-
-
 def _write(path: Path, text: str) -> None:
     # Without O_CREAT: in a cgroup that would turn "no such file" into "permission denied".
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -230,7 +214,7 @@ def _write(path: Path, text: str) -> None:
 
 def find_process(pid: int) -> ProcessRef | None:
     """The process that has this pid now; None when there is none, or only a zombie."""
-    stat = _read_stat(pid)
+    stat = process.read_stat(pid)
     if stat is None or stat[0] in "ZX":
         return None
     return ProcessRef(pid=pid, start_time=stat[1])

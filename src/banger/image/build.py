@@ -237,7 +237,9 @@ def _run_pipeline(
             _drain(tar)  # the padding behind the end mark, or its writer dies of SIGPIPE
 
         try:
-            write_squashfs(target, feed, job=job)
+            # No epoch: it would change the times of package files, which their compiled Python
+            # files name. The filter has fixed the times of what this build made.
+            write_squashfs(target, feed, job=job, epoch=None)
         except (tarfile.TarError, ValueError) as e:
             # Most often a root that ends early, and then mmdebstrap's own words say why: they are
             # raised when the block is left.

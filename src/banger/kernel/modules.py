@@ -85,7 +85,7 @@ def write_modules_squashfs(directory: Path, target: Path, *, job: Job) -> None:
                     with path.open("rb") as f:
                         tar.addfile(info, f)
 
-    write_squashfs(target, feed, job=job)
+    write_squashfs(target, feed, job=job, all_root=True)
 
 
 def _module_name(path: str) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from banger.errors import BangerError
 from banger.vm.handles import read_secrets
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from banger.vmm.driver import Driver
 
 from banger.guest.client import GuestClient
+from banger.host.vmm_process import wait_exit
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -100,6 +103,34 @@ class VmContext:
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
+
+    async def while_running(self, vm: VmRecord, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work that talks to a guest, unless the machine ends first.
+
+        A TCP connection into a machine that is gone would stay silent for minutes.
+
+        Raises:
+            BangerError: reason connection_lost; and whatever `work` raises.
+        """
+        process = self.handles[vm.id].process
+        assert process is not None
+        task = asyncio.ensure_future(work)
+        ended = asyncio.ensure_future(wait_exit(process))
+        try:
+            racers: list[asyncio.Future[Any]] = [task, ended]
+            await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            for racer in (task, ended):
+                racer.cancel()
+            await asyncio.gather(task, ended, return_exceptions=True)
+        raise BangerError(
+            "operation_failed",
+            f"VM {vm.name}: the machine ended",
+            hint=f"banger vm logs {vm.name}",
+            reason="connection_lost",
+        )
 
     def client(self, vm: VmRecord) -> GuestClient:
         """The agent of a running VM.

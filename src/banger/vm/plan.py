@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -120,7 +119,9 @@ def build_start_plan(
         endpoint = TcpEndpoint(address=vm.address, port=AGENT_PORT)
     else:
         assert agent_host_port is not None
-        transport = TcpTransport(announce=f"{USER_ANNOUNCE_ADDRESS}:{ANNOUNCE_PORT}", peer=USER_GATEWAY)
+        transport = TcpTransport(
+            announce=f"{USER_ANNOUNCE_ADDRESS}:{ANNOUNCE_PORT}", peer=USER_GATEWAY
+        )
         endpoint = TcpEndpoint(address="127.0.0.1", port=agent_host_port)
         announce_path = paths.announce_socket
     nic: TapNic | UserNic
@@ -128,9 +129,7 @@ def build_start_plan(
         nic = TapNic(tap=tap_name(vm.id), mac=vm.mac)
     else:
         assert agent_host_port is not None
-        nic = UserNic(
-            mac=vm.mac, agent_port=agent_host_port, announce_socket=paths.announce_socket
-        )
+        nic = UserNic(mac=vm.mac, agent_port=agent_host_port, announce_socket=paths.announce_socket)
     return StartPlan(
         vm=vm,
         paths=paths,

@@ -6,6 +6,7 @@ A VM that is alive is adopted and never touched; what a crash left over is given
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
@@ -62,8 +63,9 @@ async def adopt(ctx: VmContext, vm: VmRecord, handles: Handles) -> None:
 
 async def _release_strangers(ctx: VmContext) -> None:
     known = {vm.id for vm in ctx.store.list()}
-    for directory in sorted(ctx.paths.vms.glob("*")):
-        if directory.name not in known:
+    for directory in sorted(ctx.paths.vms.iterdir()):
+        # Only what looks like ours: whatever else somebody put there is not ours to remove.
+        if re.fullmatch(r"[0-9a-f]{32}", directory.name) and directory.name not in known:
             log.warning("VM directory %s belongs to no VM and is removed", directory.name)
             await release_everything(ctx, directory.name, handles_of(ctx, directory.name))
             remove_tree(directory)

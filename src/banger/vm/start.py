@@ -36,7 +36,6 @@ from banger.vm.plan import StartPlan, build_start_plan
 from banger.vm.undo import Undo
 
 if TYPE_CHECKING:
-    
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
     from banger.guest.announce import Announcement
     from banger.progress import Reporter
@@ -76,14 +75,14 @@ async def start(
     plan = _plan(ctx, vm, image, kernel, driver)
     console_start = _size(plan)
     async with Undo() as undo:
+        # Registered first, because every step from here on leaves something that this gives back.
+        undo.push("what it held", lambda: _release(ctx, vm.id))
         timer.stage("disks", "preparing disks")
         await asyncio.to_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
             timer.stage("lease", "connecting the network")
-            lease_id = plan.lease.lease_id
-            undo.push("the lease", lambda: ctx.host.release(lease_id))
             lease = await ctx.host.prepare(plan.lease)
             handles = Handles(
                 vmm=driver.name,
@@ -93,7 +92,6 @@ async def start(
                 cgroup=lease.cgroup,
             )
         timer.stage("handles", "recording what it holds")
-        undo.push("the VMM and its sockets", lambda: _release(ctx, vm.id, handles))
         write_handles(plan.paths, handles)
         ctx.handles[vm.id] = handles
 
@@ -204,8 +202,8 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
     )
 
 
-async def _release(ctx: VmContext, vm_id: str, fallback: Handles) -> None:
-    failures = await release_everything(ctx, vm_id, ctx.handles.get(vm_id, fallback))
+async def _release(ctx: VmContext, vm_id: str) -> None:
+    failures = await release_everything(ctx, vm_id, ctx.handles.get(vm_id))
     if failures:
         raise BangerError("operation_failed", "; ".join(failures))
 

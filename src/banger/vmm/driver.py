@@ -117,19 +117,25 @@ async def wait_for_socket(socket: Path) -> None:
 
 
 async def before_exit(
-    work: Coroutine[object, object, T], exited: asyncio.Event, *, doing: str, timeout_s: float
+    work: Coroutine[object, object, T],
+    exited: asyncio.Event | None,
+    *,
+    doing: str,
+    timeout_s: float,
 ) -> T:
     """The result of `work`, unless the VMM ends or `timeout_s` passes first.
+
+    `exited` is None where nobody watches the process; a broken connection is then all that tells.
 
     Raises:
         BangerError: reason `vmm_exited` or `timeout`; and whatever `work` raises while it lives.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(exited.wait())
+    gone = asyncio.ensure_future((exited or asyncio.Event()).wait())
     try:
         await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         error = task.exception() if task.done() else None
-        if isinstance(error, ConnectionError | EOFError):
+        if exited is not None and isinstance(error, ConnectionError | EOFError):
             # A dying VMM closes its socket before its exit is seen: let the exit have the word.
             await asyncio.wait({gone}, timeout=_EXIT_FOLLOWS_S)
         if task.done() and not isinstance(error, OSError | EOFError):

@@ -10,7 +10,6 @@ The links and Firecracker's sockets live as long as the runtime directory.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ from banger.vmm.machine import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from pathlib import Path
 
     from banger.api.records import VmmName
@@ -110,7 +110,7 @@ class FirecrackerDriver:
         request = firecracker_api.send(runtime / API_SOCKET, "PATCH", "/vm", {"state": state})
         await before_exit(
             request,
-            asyncio.Event(),
+            None,
             doing=f"setting the VM in {runtime.name} to {state}",
             timeout_s=_REQUEST_TIMEOUT_S,
         )
@@ -134,7 +134,7 @@ def build_documents(machine: Machine) -> tuple[Document, ...]:
             {
                 "kernel_image_path": KERNEL_LINK,
                 "initrd_path": INITRD_LINK,
-                "boot_args": build_kernel_args(machine, *_ARGS),
+                "boot_args": build_kernel_args(machine, *_ARGS, reboot="keyboard"),
             },
         ),
     ]

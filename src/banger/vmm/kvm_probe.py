@@ -102,6 +102,8 @@ def _parse_lines(out: bytes) -> tuple[tuple[str, ...], tuple[KvmKind, str] | Non
             said = json.loads(line)
         except ValueError:  # cut off in the middle
             break
+        if not isinstance(said, dict):
+            break
         if "step" in said:
             steps.append(str(said["step"]))
         elif said.get("outcome") in get_args(KvmKind):

@@ -30,7 +30,6 @@ USER_ANNOUNCE_ADDRESS = "10.0.2.100"
 AGENT_PORT = 7000
 ANNOUNCE_PORT = 7001
 
-_BASE_ARGS = "console=ttyS0 reboot=k panic=-1 quiet rdinit=/init"
 # Linux's COMMAND_LINE_SIZE on x86 is 2048 with the final NUL.
 _MAX_ARGS = 2047
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -126,13 +125,18 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     user_network: bool
 
 
-def build_kernel_args(machine: Machine, *driver_args: str) -> str:
+def build_kernel_args(
+    machine: Machine, *driver_args: str, reboot: Literal["acpi", "keyboard"]
+) -> str:
     """The kernel command line: the same for every guest, then the driver's, then the caller's.
+
+    `reboot` is the way in which this VMM hears of a guest's reboot, which ends it.
 
     Raises:
         ValueError: it is not printable ASCII, or longer than the kernel reads.
     """
-    args = " ".join(filter(None, (_BASE_ARGS, *driver_args, machine.kernel_args_extra)))
+    base = f"console=ttyS0 reboot={reboot[0]} panic=-1 quiet rdinit=/init"
+    args = " ".join(filter(None, (base, *driver_args, machine.kernel_args_extra)))
     if not (args.isascii() and args.isprintable()):
         raise ValueError("kernel arguments must be printable ASCII")
     if len(args) > _MAX_ARGS:

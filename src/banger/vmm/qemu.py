@@ -7,7 +7,6 @@ each option is as it is: docs/vmm.md.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Literal
 
 from banger.errors import BangerError
@@ -32,6 +31,7 @@ from banger.vmm.machine import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from pathlib import Path
 
     from banger.api.records import VmmName
@@ -103,7 +103,9 @@ class QemuDriver:
             "-m", f"{machine.memory_mib}M",
             "-kernel", str(machine.kernel),
             "-initrd", str(machine.initrd),
-            "-append", build_kernel_args(machine, *self._kernel_args()),
+            # By ACPI: microvm has no keyboard controller, and a kernel that looks for one
+            # spends seconds on it (emulated: as long as on its whole boot).
+            "-append", build_kernel_args(machine, *self._kernel_args(), reboot="acpi"),
             "-chardev", f"socket,id=monitor,path={API_SOCKET},server=on,wait=off",
             "-mon", "chardev=monitor,mode=control",
             # Standard input is /dev/null; signals stay QEMU's own.
@@ -153,7 +155,7 @@ class QemuDriver:
     async def _command(self, runtime: Path, command: str) -> None:
         await before_exit(
             qmp.execute(runtime / API_SOCKET, command),
-            asyncio.Event(),
+            None,
             doing=f"sending {command} to the VM in {runtime.name}",
             timeout_s=_REQUEST_TIMEOUT_S,
         )
