@@ -47,7 +47,6 @@ def exec_command(
     access, sock = server.call_with_fd("vm.connect", p.VmRef(vm=vm), r.AgentAccess)
     with sock:
         return guest_run.run(
-            server,
             sock,
             access,
             argv=argv,
@@ -78,7 +77,7 @@ def ssh(guest: GuestCommand, vm: str) -> int:
         words = guest.argv or ()
         argv = ("sh", "-c", words[0]) if len(words) == 1 else words
         with sock:
-            return guest_run.run(server, sock, agent, argv=argv, env={}, user=None, want_tty=True)
+            return guest_run.run(sock, agent, argv=argv, env={}, user=None, want_tty=True)
     finally:
         if guest.argv is None:
             warn(f"VM {name} still runs; stop it with: banger vm stop {name}")

@@ -151,7 +151,6 @@ def _guest_part(
     name = result.vm.name
     try:
         return guest_run.run(
-            server,
             sock,
             result.access,
             argv=guest.argv or (),

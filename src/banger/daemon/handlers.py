@@ -19,7 +19,7 @@ from banger.rpc.server import Method
 from banger.store.vms import now_text
 from banger.vm import observe
 from banger.vm.change import change
-from banger.vm.cleanup import is_live
+from banger.vm.cleanup import is_live, settled
 from banger.vm.create import check_create, create
 from banger.vm.start import start
 from banger.vm.stop import check_signal, delete, kill, stop
@@ -179,11 +179,11 @@ async def _set(daemon: Daemon, call: Call, params: p.SetVm) -> r.SetResult:
 
 
 async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
-    return daemon.store.list()
+    return [await settled(daemon.vms, vm) for vm in daemon.store.list()]
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
-    return daemon.store.resolve(params.vm)
+    return await settled(daemon.vms, daemon.store.resolve(params.vm))
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:

@@ -102,6 +102,9 @@ class Announcements:
             yield
         finally:
             task.cancel()
+            # The cancelled accept leaves the selector only in the loop's next turn; a socket that
+            # gets the same number before that would never be watched.
+            asyncio.get_running_loop().remove_reader(sock)
             sock.close()
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OnEvent = Callable[[dict[str, Any]], None]
 
+# A VMM that hangs in the kernel is waited for longer, but not by a person at a prompt.
+_ROLLBACK_S = 15.0
 CONNECTION_LOST = "connection_lost"
 
 
@@ -171,8 +173,23 @@ class StreamingCall:
     def close(self) -> None:
         self.channel.close()
 
+    def cancel(self) -> None:
+        """Ask the daemon to roll back, and wait until it has; at most some seconds.
+
+        The daemon takes the end of what we send as the wish, and closes when it is done.
+        """
+        self.channel.sock.settimeout(_ROLLBACK_S)
+        with contextlib.suppress(OSError):
+            self.channel.sock.shutdown(socket.SHUT_WR)
+            while self.channel.sock.recv(1 << 16):
+                pass
+
     def __enter__(self) -> StreamingCall:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):
+                self.cancel()
+        finally:
+            self.close()

@@ -44,6 +44,17 @@ def is_live(ctx: VmContext, vm: VmRecord) -> bool:
     )
 
 
+async def settled(ctx: VmContext, vm: VmRecord) -> VmRecord:
+    """The record as it is: one that says running of a machine that has ended is corrected first."""
+    if vm.state == "running" and not is_live(ctx, vm):
+        async with ctx.locked(vm.id):
+            now = ctx.store.find(vm.id)
+            if now is not None and now.state == "running" and not is_live(ctx, now):
+                return await reset(ctx, now, last_error="the machine ended by itself")
+            return now or vm
+    return vm
+
+
 async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None) -> list[str]:
     """Kill what still runs, then give back lease, sockets and handles. Returns what failed.
 

@@ -129,7 +129,12 @@ def build_start_plan(
         nic = TapNic(tap=tap_name(vm.id), mac=vm.mac)
     else:
         assert agent_host_port is not None
-        nic = UserNic(mac=vm.mac, agent_port=agent_host_port, announce_socket=paths.announce_socket)
+        nic = UserNic(
+            mac=vm.mac,
+            agent_port=agent_host_port,
+            announce_socket=paths.announce_socket,
+            nat=vm.nat,
+        )
     return StartPlan(
         vm=vm,
         paths=paths,

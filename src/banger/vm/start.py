@@ -34,6 +34,7 @@ from banger.vm.cleanup import is_live, release_everything, reset
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
 from banger.vm.undo import Undo
+from banger.vmm.driver import remove_stale_sockets
 
 if TYPE_CHECKING:
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
@@ -104,6 +105,7 @@ async def start(
             else:
                 ctx.announcements.ensure_tcp(ctx.settings.bridge_ip)
             timer.stage("launch", f"starting {driver.name}")
+            remove_stale_sockets(plan.paths.runtime)
             launch = driver.build_launch(plan.machine)
             process = await launch_vmm(
                 launch.argv,
