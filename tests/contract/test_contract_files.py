@@ -1,0 +1,115 @@
+"""Documents and data that must agree with the code: configuration reference, recipes, protocol."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+
+from banger.config.resources import recipes_directory
+from banger.config.settings import Settings, VmDefaults
+from banger.errors import ErrorCode
+from banger.image.recipe import list_recipes, load_recipe
+from banger.rpc.frames import FrameType
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def documented_settings() -> dict[str, Any]:
+    """Key → default, from the table of docs/config.md; a dash is "not set"."""
+    found: dict[str, Any] = {}
+    for line in (DOCS / "config.md").read_text().splitlines():
+        if not line.startswith("| `"):
+            continue
+        keys, defaults, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
+        names = re.findall(r"`([^`]+)`", keys)
+        values = re.findall(r"`([^`]+)`", defaults) if defaults != "–" else [None] * len(names)
+        for name, value in zip(names, values, strict=True):
+            found[name] = None if value is None else tomllib.loads(f"x = {value}")["x"]
+    return found
+
+
+def test_configuration_reference_has_every_key_with_its_default() -> None:
+    actual = msgspec.to_builtins(Settings())
+    del actual["vm_defaults"]
+    assert documented_settings() == json.loads(json.dumps(actual))
+
+
+def test_configuration_reference_names_the_keys_of_vm_defaults() -> None:
+    text = (DOCS / "config.md").read_text()
+    (sentence,) = re.findall(r"`\[vm_defaults\]` has (.*?):", text, flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(VmDefaults.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_loads_and_says_what_it_is_for(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+
+
+def test_every_recipe_file_is_listed() -> None:
+    assert sorted(list_recipes()) == sorted(p.stem for p in recipes_directory().glob("*.toml"))
+
+
+def test_protocol_lists_the_error_codes() -> None:
+    (line,) = re.findall(r"Error codes: `([^`]+)`", (DOCS / "protocol.md").read_text())
+    assert set(line.split()) == set(get_args(ErrorCode))
+
+
+def test_protocol_lists_the_frame_types() -> None:
+    numbers: dict[int, str] = {}
+    for line in (DOCS / "protocol.md").read_text().splitlines():
+        if line.startswith("| 0x"):
+            codes, names = (cell.strip() for cell in line.strip("|").split("|")[:2])
+            for code, name in zip(codes.split(", "), names.split(", "), strict=True):
+                numbers[int(code, 16)] = name.upper()
+    assert numbers == {kind.value: kind.name for kind in FrameType}
+
+
+def test_every_hint_that_names_a_command_names_one_that_exists() -> None:
+    """A hint is the next command to type: it has to be one."""
+    import click
+
+    from banger.cli.app import app
+
+    wrong = []
+    for path in sorted((ROOT / "src" / "banger").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.keyword) and node.arg == "hint"):
+                continue
+            for words in _commands(node.value):
+                command: click.Command | None = app
+                for word in words:
+                    if isinstance(command, click.Group) and not word.startswith("-"):
+                        command = command.get_command(click.Context(command), word)
+                        if command is None:
+                            wrong.append(f"{path.name}:{node.value.lineno}: {' '.join(words)}")
+                            break
+    assert not wrong, "\n".join(wrong)
+
+
+def _commands(hint: ast.expr) -> list[list[str]]:
+    """The banger commands in a hint; what is filled in at run time is X."""
+    found = []
+    for node in ast.walk(hint):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        else:
+            continue
+        if m := re.match(r"(?:sudo )?banger ([a-zX].*)", text):
+            words = m[1].split()
+            # `banger {kind} list`: a group that is filled in is looked at in its callers' tests.
+            if words[0] != "X":
+                found.append(words)
+    return found
