@@ -57,11 +57,19 @@ def ensure_private_directory(path: Path) -> Path:
     """Make `path` (0700, ours) or check that it is so already.
 
     Raises:
-        BangerError: it is a symlink, no directory, somebody else's, or open to others.
+        BangerError: it cannot be made, is a symlink, no directory, or somebody else's.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    except OSError as e:
+        raise BangerError(
+            "operation_failed",
+            f"making the directory {path}: {e.strerror}",
+            hint=f"ls -ld {path.parent}",
+            reason="disk_full" if e.errno == errno.ENOSPC else None,
+        ) from e
     st = os.lstat(path)
     if not stat.S_ISDIR(st.st_mode):
         raise BangerError("operation_failed", f"{path} is no directory", hint=f"ls -ld {path}")

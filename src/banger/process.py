@@ -7,7 +7,6 @@ by `spawn_detached` belongs to nobody's request and outlives the daemon.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -125,6 +124,8 @@ async def run_async(
     check: bool = True,
 ) -> subprocess.CompletedProcess[bytes]:
     """As `run`, on the event loop. Cancelling kills the program's process group."""
+    import asyncio  # not above: the command line uses this module too, and has no event loop
+
     try:
         p = await asyncio.create_subprocess_exec(
             *argv,

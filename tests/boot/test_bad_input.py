@@ -125,8 +125,14 @@ def test_a_dry_run_lists_exactly_what_would_go_and_makes_no_vm(
 ) -> None:
     done = banger.ok("vm", "run", "--dry-run", str(repository))
     assert done.text.splitlines() == [
-        ".gitignore", "Makefile", '"a name with\\nnewline"', "link", "message", "run.sh", "sub/file",
-    ]  # fmt: skip
+        ".gitignore",
+        "Makefile",
+        '"a name with\\nnewline"',
+        "link",
+        "message",
+        "run.sh",
+        "sub/file",
+    ]
 
 
 def test_more_memory_than_the_budget_is_refused_with_the_sum(banger: Installation) -> None:

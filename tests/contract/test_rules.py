@@ -44,8 +44,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT / "src").as_posix()
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -69,87 +68,86 @@ def called(tree: ast.AST) -> set[int]:
     return {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-each_module = pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_programs_are_started_through_the_gate_only() -> None:
+    found = []
+    for name, tree in TREES.items():
+        if name in GATES:
+            continue
+        calls = called(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "subprocess":
+                # Import the module, so that its uses can be seen.
+                found.append(f"{name}:{node.lineno}: from subprocess import")
+        for module, word, where in dotted(tree):
+            if module == "subprocess":
+                bad = word not in _SUBPROCESS_WORDS or (word in _NEVER_CALLED and id(where) in calls)
+            else:
+                bad = module in _STARTERS and bool(_STARTERS[module].fullmatch(word))
+            if bad:
+                found.append(f"{name}:{where.lineno}: {module}.{word}")
+    assert not found, "use banger.process instead of:\n" + "\n".join(found)
 
 
-@each_module
-def test_programs_are_started_through_the_gate_only(path: Path) -> None:
-    name = name_of(path)
-    if name in GATES:
-        return
-    tree = parse(path)
-    calls = called(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "subprocess":
-            pytest.fail(f"{name}:{node.lineno}: import the module, so that its uses can be seen")
-    for module, word, where in dotted(tree):
-        at = f"{name}:{where.lineno}: {module}.{word}"
-        if module == "subprocess":
-            assert word in _SUBPROCESS_WORDS, f"{at}: use banger.process"
-            assert word not in _NEVER_CALLED or id(where) not in calls, f"{at}: use banger.process"
-        elif starter := _STARTERS.get(module):
-            assert not starter.fullmatch(word), f"{at}: use banger.process"
+def test_no_program_is_started_through_a_shell() -> None:
+    found = [
+        f"{name}:{node.value.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "shell"
+    ]
+    assert not found
 
 
-@each_module
-def test_no_program_is_started_through_a_shell(path: Path) -> None:
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.keyword) and node.arg == "shell":
-            pytest.fail(f"{name_of(path)}:{node.value.lineno}: shell=")
+def test_sqlite_is_spoken_in_the_store_only() -> None:
+    users = {name for name, tree in TREES.items() if "sqlite3" in imports(tree)}
+    assert {name for name in users if not name.startswith("banger/store/")} == set()
 
 
-@each_module
-def test_sqlite_is_spoken_in_the_store_only(path: Path) -> None:
-    assert "sqlite3" not in imports(parse(path)) or name_of(path).startswith("banger/store/")
+def test_kernel_interfaces_have_one_home_each() -> None:
+    """A new home needs a row with its reason; a row without a user has to go."""
+
+    def users(module: str, word: str) -> set[str]:
+        return {n for n, tree in TREES.items() if (module, word) in {d[:2] for d in dotted(tree)}}
+
+    assert users("fcntl", "ioctl") == set(_IOCTL)
+    assert users("socket", "AF_NETLINK") == set(_NETLINK)
 
 
-@each_module
-def test_kernel_interfaces_have_one_home_each(path: Path) -> None:
-    name = name_of(path)
-    words = {(module, word) for module, word, _ in dotted(parse(path))}
-    assert ("fcntl", "ioctl") not in words or name in _IOCTL, "ioctl elsewhere: say why in _IOCTL"
-    assert ("socket", "AF_NETLINK") not in words or name in _NETLINK
+def test_modules_are_short() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {n: length for n, length in lengths.items() if length > _MOST_LINES} == {}
 
 
-def test_no_exception_outlives_its_reason() -> None:
-    """A row of the tables above that no module needs any more has to go."""
-    needed = {
-        name_of(path)
-        for path in SOURCES
-        for module, word, _ in dotted(parse(path))
-        if (module, word) in {("fcntl", "ioctl"), ("socket", "AF_NETLINK")}
-    }
-    assert needed == {*_IOCTL, *_NETLINK}
+def test_modules_are_named_for_what_they_own() -> None:
+    assert [n for n in TREES if _FORBIDDEN_NAMES & set(Path(n).with_suffix("").parts)] == []
 
 
-@each_module
-def test_module_is_short_named_for_what_it_is_and_opens_with_its_purpose(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= _MOST_LINES
-    assert not _FORBIDDEN_NAMES & set(Path(name_of(path)).with_suffix("").parts)
-    docstring = ast.get_docstring(parse(path))
-    assert docstring, "no docstring"
-    # A heading, or sentences.
-    assert len(docstring) > 10
+def test_modules_open_with_their_purpose() -> None:
+    assert [n for n, tree in TREES.items() if len(ast.get_docstring(tree) or "") < 10] == []
 
 
-@each_module
-def test_booleans_of_public_functions_are_keyword_only(path: Path) -> None:
-    # click gives its commands their options by keyword, whatever their signature says.
-    if name_of(path).startswith("banger/cli/"):
-        return
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            for argument in node.args.posonlyargs + node.args.args:
-                if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "bool":
-                    pytest.fail(f"{name_of(path)}:{node.lineno}: {node.name}({argument.arg}: bool)")
+def test_booleans_of_public_functions_are_keyword_only() -> None:
+    found = [
+        f"{name}:{node.lineno}: {node.name}({argument.arg}: bool)"
+        for name, tree in TREES.items()
+        # click gives its commands their options by keyword, whatever their signature says.
+        if not name.startswith("banger/cli/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        for argument in node.args.posonlyargs + node.args.args
+        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "bool"
+    ]
+    assert not found
 
 
-@each_module
-def test_nothing_is_swallowed_by_a_bare_except(path: Path) -> None:
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{name_of(path)}:{node.lineno}"
+def test_nothing_is_swallowed_by_a_bare_except() -> None:
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert not found
 
 
 def tracked_files() -> list[Path]:

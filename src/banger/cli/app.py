@@ -40,6 +40,17 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"There is no command {args[0]!r}.{extra}", ctx)
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        # From the table, so that a tab key imports no command.
+        from click.shell_completion import CompletionItem
+
+        named = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in self._lazy.items()
+            if text and name.startswith(incomplete)
+        ]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # From the table, so that help imports no command.
         with formatter.section("Commands"):

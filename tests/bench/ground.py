@@ -1,0 +1,69 @@
+"""The installation that is measured: its own state, runtime and bridge; the shared cache of builds.
+
+Commands run through the installed program, as a user's would, with the default log level.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from banger.api.results import SshAccess
+from banger.config.paths import Paths
+from banger.rpc import client
+from tests.bench.measure import timed
+from tests.boot.installation import IMAGE, SMALL, Installation
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PYTHON = ROOT / ".venv" / "bin" / "python"
+PROGRAM = ROOT / ".venv" / "bin" / "banger"
+KERNEL = "debian-6.12-cloud"
+BRIDGE, ADDRESS = "br-fc-bench", "10.217.0.1"
+
+
+class Ground(Installation):
+    """An `Installation` with kernel and image in it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, bridge=BRIDGE, address=ADDRESS)
+        settings = self.config.read_text().splitlines()
+        kept = [line for line in settings if not line.startswith("log_level")]
+        self.config.write_text("\n".join(kept) + "\n")
+        self.paths = Paths(
+            state=self.state,
+            cache=Path(self.env["XDG_CACHE_HOME"]) / "banger",
+            runtime=self.runtime,
+            config_file=self.config,
+        )
+
+    def argv(self, *words: str) -> list[str]:
+        return [str(PROGRAM), *words]
+
+    def fill(self) -> None:
+        """Kernel and image, from the shared cache where they were built before."""
+        self.ok("kernel", "pull", KERNEL, timeout_s=900)
+        self.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=1800)
+
+    def time(self, *words: str) -> float:
+        """Seconds of one command line of banger, which must succeed."""
+        return timed(self.argv(*words), env=self.env)
+
+    def create(self, name: str) -> None:
+        self.ok("vm", "create", "--name", name, *SMALL)
+
+    def ssh(self, name: str) -> list[str]:
+        """OpenSSH's command line into a VM; no configuration, no connection shared or kept."""
+        access = client.call(self.paths.daemon_socket, "vm.ssh", {"vm": name}, SshAccess)
+        argv = ["ssh", "-F", "none"]
+        for option in (
+            f"HostKeyAlias={name}.vm",
+            f"UserKnownHostsFile={access.known_hosts}",
+            "GlobalKnownHostsFile=none",
+            "StrictHostKeyChecking=yes",
+            "IdentitiesOnly=yes",
+            "LogLevel=ERROR",
+            f"IdentityFile={access.key}",
+            "ControlMaster=no",
+            "BatchMode=yes",
+        ):
+            argv += ["-o", option]
+        return [*argv, "-p", str(access.port), f"root@{access.address}"]
