@@ -1,6 +1,6 @@
 """Run a command line and draw what a terminal shows of it as an SVG picture for the README.
 
-    .venv/bin/python -m tools.terminal_picture docs/terminal.svg -- banger vm run --rm . -- make test
+    python -m tools.terminal_picture docs/terminal.svg -- banger vm run --rm . -- make test
 
 The words after `--` are typed at the prompt of the picture and really run; their output is drawn
 as it came, then the exit status.
