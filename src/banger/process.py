@@ -124,6 +124,9 @@ async def run_async(
     check: bool = True,
 ) -> subprocess.CompletedProcess[bytes]:
     """As `run`, on the event loop. Cancelling kills the program's process group."""
+    # Only the daemon has a loop; the command line's start should not pay for it.
+    import asyncio
+
     import asyncio  # not above: the command line uses this module too, and has no event loop
 
     try:

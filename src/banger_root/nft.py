@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 TABLES = ("inet", "bridge")
 
+# Frames to the link-local group addresses (01:80:c2:00:00:0X) skip prerouting and reach `input`
+# only; without a rule there the bridge learns whatever source address they claim, and a guest
+# takes over another's frames (net/bridge/br_input.c, br_handle_frame, br_handle_local_finish).
+#
 # `add` of what exists is no error, and `flush` with new rules in the same transaction leaves no
 # moment without rules: the text can be loaded at any time.
 LAYOUT = """\
@@ -64,10 +68,12 @@ add set bridge banger open_ports { type ifname; }
 add chain bridge banger source
 add chain bridge banger between
 add chain bridge banger prerouting { type filter hook prerouting priority dstnat; policy accept; }
+add chain bridge banger input { type filter hook input priority filter; policy accept; }
 add chain bridge banger forward { type filter hook forward priority filter; policy accept; }
 flush chain bridge banger source
 flush chain bridge banger between
 flush chain bridge banger prerouting
+flush chain bridge banger input
 flush chain bridge banger forward
 add rule bridge banger source ether type ip iifname . ether saddr . ip saddr @vm_ports accept
 add rule bridge banger source ether type arp iifname . ether saddr . arp saddr ip @vm_ports \
@@ -76,6 +82,7 @@ add rule bridge banger source drop
 add rule bridge banger between iifname @open_ports oifname @open_ports accept
 add rule bridge banger between drop
 add rule bridge banger prerouting iifname "tap-fc-*" goto source
+add rule bridge banger input iifname "tap-fc-*" goto source
 add rule bridge banger forward iifname "tap-fc-*" oifname "tap-fc-*" goto between
 """
 

@@ -35,8 +35,12 @@ class Done:
 class Installation:
     """Runs the real `banger` program in an environment of its own."""
 
-    def __init__(self, root: Path, *, bridge: str, address: str) -> None:
+    def __init__(
+        self, root: Path, *, bridge: str, address: str, wrapper: tuple[str, ...] = ()
+    ) -> None:
+        """`wrapper` is put in front of every command line."""
         self.root = root
+        self.wrapper = wrapper
         self.state = root / "state" / "banger"
         self.runtime = root / "run" / "banger"
         self.bridge = bridge
@@ -58,7 +62,7 @@ class Installation:
         }
 
     def argv(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "banger.cli.entry", *words]
+        return [*self.wrapper, sys.executable, "-m", "banger.cli.entry", *words]
 
     def popen(self, *words: str, **kwargs: Any) -> subprocess.Popen[bytes]:
         kwargs.setdefault("stdout", subprocess.PIPE)

@@ -167,6 +167,19 @@ def test_a_host_without_free_space_refuses_and_names_the_reserve(
     assert "disk_reserve" in done.err
 
 
+def test_firecracker_where_it_cannot_run_is_refused_with_the_reason(
+    reconfigured: Installation,
+) -> None:
+    status = reconfigured.json("daemon", "status", "--json")
+    if status["vmm"]["driver"] == "firecracker":
+        _configure(reconfigured, 'firecracker_bin = "/nonexistent/firecracker"')
+    _configure(reconfigured, 'vmm = "firecracker"')
+    done = reconfigured(*RUN, "--", "true")
+    assert done.status == 1
+    assert "firecracker" in done.err
+    assert "\nhint: " in done.err
+
+
 def test_an_unknown_key_in_the_configuration_is_named_with_the_nearest(
     reconfigured: Installation,
 ) -> None:

@@ -14,7 +14,8 @@ BROADCAST = "ff:ff:ff:ff:ff:ff"
 _TUNSETIFF = 0x400454CA
 _FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _VNET_HDR = bytes(10)
-_DEADLINE_S = 5.0
+_DEADLINE_S = 15.0
+_AGAIN_S = 0.5
 
 
 class TapGuest:
@@ -53,10 +54,14 @@ class TapGuest:
         self._sequence += 1
         arrived: list[bytes] = []
         deadline = time.monotonic() + _DEADLINE_S
-        self.send(self.echo_request(self.gateway, self.gateway_mac, sequence=self._sequence))
+        ping = self.echo_request(self.gateway, self.gateway_mac, sequence=self._sequence)
+        self.send(ping)
         while True:
             assert time.monotonic() < deadline, f"{self.tap}: the gateway does not answer a ping"
-            select.select([self._fd], [], [], _DEADLINE_S)
+            if not select.select([self._fd], [], [], _AGAIN_S)[0]:
+                # The kernel may take a second to let a port forward whose carrier has come up
+                # (net/core/link_watch.c); what was sent before is dropped.
+                self.send(ping)
             for frame in self.frames():
                 if self._asks_for_us(frame):
                     self.send(arp(2, self.mac, self.address, self.gateway_mac, self.gateway))

@@ -136,7 +136,7 @@ class Helper:
                         else f"ended (status {status}) before it answered"
                     )
                     + "; it may or may not have been done",
-                    hint="banger doctor",
+                    hint="banger daemon status",
                     reason="connection_lost",
                 ) from e
             return _decode(method, answer)

@@ -117,5 +117,5 @@ class Host:
             raise BangerError(
                 "operation_failed",
                 f"asking the root helper to {method}: its answer is unreadable: {e}",
-                hint="banger daemon restart",
+                hint="banger daemon stop",
             ) from e

@@ -74,7 +74,7 @@ def get_image(paths: Paths, name_or_id: str) -> ImageRecord:
         raise BangerError(
             "not_found",
             f"there is no image {name_or_id!r} here",
-            hint=f"banger image pull {name_or_id}",
+            hint="banger image list",
         )
     return record
 
@@ -172,7 +172,7 @@ def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:
     manifest = find_manifest(paths.images / record.id)
     if manifest is None:
         raise BangerError(
-            "not_found", f"the image {record.name} is gone", hint=f"banger image pull {record.name}"
+            "not_found", f"the image {record.name} is gone", hint="banger image list"
         )
     return manifest
 

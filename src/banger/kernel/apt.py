@@ -46,7 +46,7 @@ def find_newest(pattern: str, *, prefix: str, suite: str, entry: str, job: Job) 
         raise BangerError(
             "not_found",
             f"the kernel {entry} comes from Debian's package {prefix}*, and this host has no apt",
-            hint=f"banger kernel import {entry} --from DIR",
+            hint="banger kernel list --available",
         )
     found = _newest(pattern, prefix)
     if found is None and os.geteuid() == 0:

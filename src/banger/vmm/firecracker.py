@@ -64,7 +64,7 @@ class FirecrackerDriver:
             raise BangerError(
                 "bad_request",
                 "firecracker has no user-mode networking: it needs a tap",
-                hint="banger doctor",
+                hint="banger daemon status",
                 reason="unsupported",
             )
         argv = (
@@ -97,7 +97,7 @@ class FirecrackerDriver:
             await before_exit(configure(), exited, doing=doing, timeout_s=timeout_s)
         except firecracker_api.Refused as e:
             raise BangerError(
-                e.code, f"{doing}: {e.message}", hint="banger doctor", reason=e.reason
+                e.code, f"{doing}: {e.message}", hint="banger daemon status", reason=e.reason
             ) from e
 
     async def pause(self, runtime: Path) -> None:
