@@ -44,7 +44,7 @@ boot: ## tests that boot microVMs
 
 smoke: ## the scenarios under the real firecracker, in an emulated host
 	@$(SETUP) smoke
-	@$(PYTHON) -m tests.smoke.run
+	@.venv/bin/python -m tests.smoke.run
 
 smoke-list: ## names and descriptions of the scenarios
 	@$(PYTHON) -m tests.smoke.run --list
@@ -52,7 +52,7 @@ smoke-list: ## names and descriptions of the scenarios
 smoke-one: ## SCENARIO=a[,b]: some of the scenarios
 	@test -n "$(SCENARIO)" || { echo "usage: make smoke-one SCENARIO=a[,b]   (make smoke-list)" >&2; exit 2; }
 	@$(SETUP) smoke
-	@$(PYTHON) -m tests.smoke.run --scenario "$(SCENARIO)"
+	@.venv/bin/python -m tests.smoke.run --scenario "$(SCENARIO)"
 
 smoke-clean: ## forget the emulated host and its logs
 	@$(PYTHON) -m tests.smoke.run --clean
