@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
-import secrets
-import shutil
 import stat
 from typing import TYPE_CHECKING
 
@@ -29,7 +26,7 @@ _CHUNK = 1 << 20
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by a file of this content: beside, fsync, rename, fsync of the directory."""
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as f:
@@ -155,6 +152,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """The hex sha256 of a file."""
+    import hashlib  # OpenSSL's part takes longer to load than most commands have work
+
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -167,6 +166,8 @@ def free_bytes(path: Path) -> int:
 
 def remove_tree(path: Path) -> None:
     """Remove a directory of ours, without following links; absent is fine."""
+    import shutil  # with its compressors, which a command line that removes nothing need not load
+
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -177,7 +178,7 @@ def remove_tree(path: Path) -> None:
 def staging_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """A private directory beside a result; what is left in it at the end is removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{prefix}-{secrets.token_hex(4)}"
+    path = parent / f".{prefix}-{os.urandom(4).hex()}"
     path.mkdir(mode=0o700)
     try:
         yield path

@@ -247,3 +247,15 @@ def test_a_daemon_that_is_not_there_is_told_apart_from_one_that_fails(tmp_path: 
         client.connect(tmp_path / "no" / "s.sock")
     with pytest.raises(client.DaemonAbsent):
         client.connect(tmp_path / "s.sock")
+
+
+@pytest.mark.asyncio
+async def test_a_command_of_another_state_directory_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    with pytest.raises(BangerError, match="this command means") as caught:
+        await asyncio.to_thread(
+            client.call, server.path, "echo", {"text": "x"}, Any, state=tmp_path / "other"
+        )
+    assert caught.value.code == "bad_request"

@@ -19,6 +19,7 @@ class Request(Wire, frozen=True, kw_only=True):
     op_id: str = ""
     token: str | None = None
     program: str | None = None  # the CLI's version, so that a daemon of another build says so
+    state: str | None = None  # the CLI's state directory, so that it never sees another one's VMs
 
 
 class WireError(Wire, frozen=True, kw_only=True, omit_defaults=True):

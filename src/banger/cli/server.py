@@ -42,14 +42,20 @@ class Server:
 
     def call(self, method: str, params: Any, result: type[T]) -> T:
         """One call; the daemon is started first when it does not run. Raises BangerError."""
-        return self._with_daemon(lambda: client.call(self.socket, method, params, result))
+        return self._with_daemon(
+            lambda: client.call(self.socket, method, params, result, state=self.paths.state)
+        )
 
     def call_with_fd(self, method: str, params: Any, result: type[T]) -> tuple[T, Any]:
-        return self._with_daemon(lambda: client.call_with_fd(self.socket, method, params, result))
+        return self._with_daemon(
+            lambda: client.call_with_fd(self.socket, method, params, result, state=self.paths.state)
+        )
 
     def stream(self, method: str, params: Any, on_event: client.OnEvent) -> client.StreamingCall:
         return self._with_daemon(
-            lambda: client.StreamingCall(self.socket, method, params, on_event)
+            lambda: client.StreamingCall(
+                self.socket, method, params, on_event, state=self.paths.state
+            )
         )
 
     def find(self, method: str, params: Any, result: type[T], *, timeout_s: float) -> T | None:
@@ -126,14 +132,14 @@ class Server:
     def _replace(self) -> None:
         """End a daemon of another version, if it has nothing under way, and start ours."""
         with contextlib.suppress(client.DaemonAbsent):
-            pong = client.call(self.socket, "shutdown", Empty(), Pong)
+            pong = client.call(self.socket, "shutdown", Empty(), Pong, state=self.paths.state)
             _wait_for_end(pong.pid)
         self._start()
 
     def stop(self) -> bool:
         """End the daemon; False when none runs. Raises BangerError when it is busy."""
         try:
-            pong = client.call(self.socket, "shutdown", Empty(), Pong)
+            pong = client.call(self.socket, "shutdown", Empty(), Pong, state=self.paths.state)
         except client.DaemonAbsent:
             return False
         _wait_for_end(pong.pid)

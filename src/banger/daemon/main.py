@@ -58,6 +58,7 @@ def _run(paths: Paths) -> None:
             build_methods(daemon),
             owner_uid=os.geteuid(),
             version=__version__,
+            state=paths.state,
         )
         await daemon.run(server, _tell_ready)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import socket
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
     from banger.rpc.frames import FrameType
 
+log = logging.getLogger(__name__)
+
 _RECV = 256 << 10
+# accept(2): out of descriptors or memory, or the peer has left already.
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED)
+_NO_ROOM_S = 0.1
 
 
 def connection_lost(doing: str) -> BangerError:
@@ -45,7 +52,8 @@ class Channel:
     async def _fill(self) -> bool:
         try:
             data = await asyncio.get_running_loop().sock_recv(self._sock, _RECV)
-        except ConnectionError:
+        except OSError:
+            # Reset, or a guest that vanished: ETIMEDOUT and EHOSTUNREACH come too, tcp(7).
             return False
         self._buffer += data
         return bool(data)
@@ -119,8 +127,12 @@ class Channel:
                     await _writable(self._sock)
                 except OSError as e:
                     raise connection_lost("sending to the peer") from e
-            if sent < len(data):
+            if sent == len(data):
+                return
+            try:
                 await loop.sock_sendall(self._sock, data[sent:])
+            except OSError as e:
+                raise connection_lost("sending to the peer") from e
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -131,6 +143,25 @@ class Channel:
         if self._buffer:
             raise BangerError("operation_failed", "the peer sent more than was asked for")
         return self._sock
+
+
+async def accept(sock: socket.socket) -> socket.socket:
+    """The next connection of a non-blocking listener, however long it takes to have room for it.
+
+    A process out of descriptors must not go deaf for the rest of its life.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(sock)
+        except OSError as e:
+            if e.errno not in _NO_ROOM:
+                raise
+            log.warning("accepting a connection: %s", e.strerror)
+            # The kernel does not say when a descriptor becomes free, and the listener stays ready.
+            await asyncio.sleep(_NO_ROOM_S)
+        else:
+            return connection
 
 
 def _set(future: asyncio.Future[None]) -> None:

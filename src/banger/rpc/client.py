@@ -75,12 +75,18 @@ def _lost(method: str) -> BangerError:
     )
 
 
-def _ask(channel: BlockingChannel, method: str, params: msgspec.Struct | dict[str, Any]) -> Reply:
+def _ask(
+    channel: BlockingChannel,
+    method: str,
+    params: msgspec.Struct | dict[str, Any],
+    state: Path | None = None,
+) -> Reply:
     request = Request(
         version=PROTOCOL_VERSION,
         method=method,
         params=msgspec.Raw(msgspec.json.encode(params)),
         program=__version__,
+        state=None if state is None else str(state),
     )
     try:
         channel.write_document(request)
@@ -102,27 +108,33 @@ def call(
     result: type[T],
     *,
     timeout_s: float | None = None,
+    state: Path | None = None,
 ) -> T:
-    """One call with one result.
+    """One call with one result. `state`: the state directory whose daemon is meant.
 
     Raises:
         BangerError: the daemon's own error, or connection_lost.
     """
     channel = connect(path, timeout_s=timeout_s)
     try:
-        reply = _ask(channel, method, params)
+        reply = _ask(channel, method, params, state)
         return msgspec.convert(reply.result, type=result)
     finally:
         channel.close()
 
 
 def call_with_fd(
-    path: Path, method: str, params: msgspec.Struct | dict[str, Any], result: type[T]
+    path: Path,
+    method: str,
+    params: msgspec.Struct | dict[str, Any],
+    result: type[T],
+    *,
+    state: Path | None = None,
 ) -> tuple[T, socket.socket]:
     """One call whose result comes with a connected descriptor. Raises as `call`."""
     channel = connect(path)
     try:
-        reply = _ask(channel, method, params)
+        reply = _ask(channel, method, params, state)
         (fd,) = channel.take_fds(1)
         return msgspec.convert(reply.result, type=result), socket.socket(fileno=fd)
     finally:
@@ -133,13 +145,19 @@ class StreamingCall:
     """A streaming call in progress. Closing it cancels what has not ended (or ends the guard)."""
 
     def __init__(
-        self, path: Path, method: str, params: msgspec.Struct | dict[str, Any], on_event: OnEvent
+        self,
+        path: Path,
+        method: str,
+        params: msgspec.Struct | dict[str, Any],
+        on_event: OnEvent,
+        *,
+        state: Path | None = None,
     ) -> None:
         self._method = method
         self._on_event = on_event
         self.channel = connect(path)
         try:
-            self.reply = _ask(self.channel, method, params)
+            self.reply = _ask(self.channel, method, params, state)
         except BaseException:
             self.channel.close()
             raise

@@ -23,7 +23,7 @@ import msgspec
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.errors import BangerError
 from banger.rpc import frames
-from banger.rpc.channel import Channel
+from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
 
 if TYPE_CHECKING:
@@ -133,12 +133,19 @@ class Server:
     """Listens on one Unix socket until closed."""
 
     def __init__(
-        self, path: Path, methods: Mapping[str, Method], *, owner_uid: int, version: str
+        self,
+        path: Path,
+        methods: Mapping[str, Method],
+        *,
+        owner_uid: int,
+        version: str,
+        state: Path | None = None,
     ) -> None:
         self.path = path
         self._methods = methods
         self._owner_uid = owner_uid
         self._version = version
+        self._state = state
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket: socket.socket | None = None
         self.requests = 0
@@ -166,7 +173,7 @@ class Server:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._socket)
+            connection = await accept(self._socket)
             task = loop.create_task(self._connection(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -260,6 +267,13 @@ class Server:
                 "bad_version",
                 f"the daemon is version {self._version}, the command {request.program}",
                 hint="banger daemon stop",
+            )
+        if request.state is not None and request.state != str(self._state):
+            raise BangerError(
+                "bad_request",
+                f"the daemon at {self.path} serves the state directory {self._state}, "
+                f"this command means {request.state}",
+                hint="set XDG_RUNTIME_DIR to a directory of its own",
             )
         method = self._methods.get(request.method)
         if method is None:
