@@ -48,7 +48,9 @@ def find_firecracker(setting: str | None, bin_directory: Path) -> Program | Prob
         first = run([str(path), "--version"], timeout_s=_DEADLINE_S).stdout.decode(errors="replace")
     except BangerError as e:
         return Problem(
-            about="firecracker", message=f"{path} does not run: {e.message}", hint="banger daemon status"
+            about="firecracker",
+            message=f"{path} does not run: {e.message}",
+            hint="banger daemon status",
         )
     return check_firecracker(path, first)
 
