@@ -127,7 +127,6 @@ async def run_async(
     # Only the daemon has a loop; the command line's start should not pay for it.
     import asyncio
 
-
     try:
         p = await asyncio.create_subprocess_exec(
             *argv,

@@ -35,7 +35,10 @@ _NLA_TYPE_MASK = 0x3FFF
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 10, 12
 _IFLA_LINKINFO, _IFLA_AF_SPEC = 18, 26
-_IFLA_INFO_KIND = 1
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+# struct br_boolopt_multi: values, and which of them are meant; bit 0 is no_linklocal_learn.
+_IFLA_BR_MULTI_BOOLOPT = 46
+_NO_LL_LEARN = struct.pack("=II", 1, 1)
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _IN6_ADDR_GEN_MODE_NONE = 1
 _IFLA_BRPORT_ISOLATED = 33
@@ -130,6 +133,9 @@ class Rtnetlink:
     def add_bridge(self, name: str, mac: str) -> None:
         """Make a bridge that is down and will never have an IPv6 address.
 
+        It learns nothing from frames to the link-local group addresses (01:80:c2:00:00:0X): they
+        pass no bridge hook, so a guest could take another's address with them (br_input.c).
+
         Raises:
             NetlinkError: EEXIST: a link has this name.
         """
@@ -137,7 +143,11 @@ class Rtnetlink:
             _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
             + _attribute(_IFLA_IFNAME, name.encode() + b"\0")
             + _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
-            + _nested(_IFLA_LINKINFO, _attribute(_IFLA_INFO_KIND, b"bridge"))
+            + _nested(
+                _IFLA_LINKINFO,
+                _attribute(_IFLA_INFO_KIND, b"bridge")
+                + _nested(_IFLA_INFO_DATA, _attribute(_IFLA_BR_MULTI_BOOLOPT, _NO_LL_LEARN)),
+            )
         )
         self._do(_RTM_NEWLINK, body, _NLM_F_CREATE | _NLM_F_EXCL)
 

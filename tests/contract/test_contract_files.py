@@ -19,6 +19,7 @@ from banger.rpc.frames import FrameType
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+_NOT_SET = "\N{EN DASH}"
 
 
 def documented_settings() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def documented_settings() -> dict[str, Any]:
             continue
         keys, defaults, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
         names = re.findall(r"`([^`]+)`", keys)
-        values = re.findall(r"`([^`]+)`", defaults) if defaults != "–" else [None] * len(names)
+        values = re.findall(r"`([^`]+)`", defaults) if defaults != _NOT_SET else [None] * len(names)
         for name, value in zip(names, values, strict=True):
             found[name] = None if value is None else tomllib.loads(f"x = {value}")["x"]
     return found

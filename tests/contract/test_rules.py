@@ -80,7 +80,9 @@ def test_programs_are_started_through_the_gate_only() -> None:
                 found.append(f"{name}:{node.lineno}: from subprocess import")
         for module, word, where in dotted(tree):
             if module == "subprocess":
-                bad = word not in _SUBPROCESS_WORDS or (word in _NEVER_CALLED and id(where) in calls)
+                bad = word not in _SUBPROCESS_WORDS or (
+                    word in _NEVER_CALLED and id(where) in calls
+                )
             else:
                 bad = module in _STARTERS and bool(_STARTERS[module].fullmatch(word))
             if bad:
@@ -133,7 +135,8 @@ def test_booleans_of_public_functions_are_keyword_only() -> None:
         # click gives its commands their options by keyword, whatever their signature says.
         if not name.startswith("banger/cli/")
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not node.name.startswith("_")
         for argument in node.args.posonlyargs + node.args.args
         if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "bool"
     ]

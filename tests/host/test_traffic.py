@@ -5,6 +5,7 @@ Every refusal is paired with a frame that does arrive, so that silence means a d
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -174,6 +175,19 @@ def test_honest_broadcast_is_heard(guest: TapGuest, bridge_listener: Listener) -
     assert honest in bridge_listener.frames()
 
 
+@pytest.mark.parametrize("last", ["00", "01", "03", "0e"])
+def test_guest_cannot_move_another_guests_address_to_its_own_port(
+    prepared: Prepared, guest: TapGuest, last: str
+) -> None:
+    with closing(start_guest(prepared(3))) as victim:
+        victim.settle()
+        before = _port_of(victim.mac)
+        # Frames to these addresses are for the bridge itself and pass no prerouting hook.
+        guest.send(ethernet(f"01:80:c2:00:00:{last}", victim.mac, 0x88CC, bytes(46)))
+        guest.settle()
+        assert before == victim.tap == _port_of(victim.mac)
+
+
 def test_tap_without_elements_is_mute(guest: TapGuest, bridge_listener: Listener) -> None:
     run("nft flush set bridge banger vm_ports")
     guest.send(arp(1, guest.mac, guest.address, BROADCAST, GATEWAY))
@@ -258,3 +272,9 @@ def test_no_frame_appears_on_its_own(guest: TapGuest) -> None:
 
 def _mac_of(link: str) -> str:
     return str(ip(f"link show dev {link}")[0]["address"])
+
+
+def _port_of(mac: str) -> str:
+    """The port to which the bridge sends frames for this address."""
+    entries = json.loads(run("bridge -j fdb show br br-fc-t1"))
+    return next(str(entry["ifname"]) for entry in entries if entry["mac"] == mac)

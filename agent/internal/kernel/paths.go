@@ -152,18 +152,51 @@ func Readlinkat(dirfd int, name string) (string, error) {
 // opened with O_PATH. The kernel's link leads to the file itself, also to a symbolic link.
 func FdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// SetMtime sets the modification time of the file behind fd, O_PATH too; the access time stays.
-func SetMtime(fd int, unixNs int64) error {
-	const utimeOmit, atFdcwd = (1 << 30) - 2, -100
+// SetMtime sets the modification time of the open file fd; the access time stays.
+//
+// Source: utimensat(2): without a path it acts on the descriptor, which O_PATH forbids.
+func SetMtime(fd int, unixNs int64) error { return utimensat(fd, nil, unixNs) }
+
+// SetMtimeOfPath is SetMtime for a descriptor that was opened with O_PATH.
+func SetMtimeOfPath(fd int, unixNs int64) error {
+	const atFdcwd = -100
 	p, err := syscall.BytePtrFromString(FdPath(fd))
 	if err != nil {
 		return err
 	}
-	cwd := atFdcwd
+	return utimensat(atFdcwd, p, unixNs)
+}
+
+func utimensat(dirfd int, path *byte, unixNs int64) error {
+	const utimeOmit = (1 << 30) - 2
 	ts := [2]syscall.Timespec{{Nsec: utimeOmit}, syscall.NsecToTimespec(unixNs)}
-	_, _, errno := syscall.Syscall6(syscall.SYS_UTIMENSAT, uintptr(cwd),
-		uintptr(unsafe.Pointer(p)), uintptr(unsafe.Pointer(&ts[0])), 0, 0, 0)
+	_, _, errno := syscall.Syscall6(syscall.SYS_UTIMENSAT, uintptr(dirfd),
+		uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&ts[0])), 0, 0, 0)
 	return noError(errno)
+}
+
+// Pwrite writes all of data at offset, in as many calls as it takes.
+func Pwrite(fd int, data []byte, offset int64) error {
+	for len(data) > 0 {
+		n, err := syscall.Pwrite(fd, data, offset)
+		if err == syscall.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		data, offset = data[n:], offset+int64(n)
+	}
+	return nil
+}
+
+// Ftruncate sets the size of the file behind fd.
+func Ftruncate(fd int, size int64) error {
+	for {
+		if err := syscall.Ftruncate(fd, size); err != syscall.EINTR {
+			return err
+		}
+	}
 }
 
 func noError(errno syscall.Errno) error {

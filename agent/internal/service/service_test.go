@@ -340,6 +340,49 @@ func TestDialPassesBytesAndHalfCloses(t *testing.T) {
 	}
 }
 
+// deafConn keeps the end of its data to itself, as a vsock does in some VMMs.
+type deafConn struct{ Conn }
+
+func (deafConn) CloseWrite() error { return nil }
+
+func (deafConn) endsWhole() {}
+
+func TestAClientThatHearsNoHalfCloseHearsTheLocalEnd(t *testing.T) {
+	dir := t.TempDir()
+	pair := func(name string) (ours, theirs Conn) {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		theirs, err = Dial(Address{Kind: "unix", Path: filepath.Join(dir, name)}, time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.(Conn), theirs
+	}
+	agent, client := pair("client")
+	local, program := pair("local")
+	done := make(chan struct{})
+	go func() {
+		join(deafConn{agent}, agent, local)
+		close(done)
+	}()
+	if _, err := program.Write([]byte("bye")); err != nil {
+		t.Fatal(err)
+	}
+	program.Close()
+	_ = client.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if got, err := io.ReadAll(client); err != nil || string(got) != "bye" {
+		t.Fatalf("%q, %v", got, err)
+	}
+	<-done
+}
+
 func TestAnnouncementIsRepeatedUntilTheHostListens(t *testing.T) {
 	f := serve(t, "")
 	f.Config.Token = "tok"

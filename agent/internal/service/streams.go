@@ -124,14 +124,22 @@ func (c *call) dial() error {
 	return nil
 }
 
+// wholeEnder is a connection whose other side never hears of a half-close.
+type wholeEnder interface{ endsWhole() }
+
 // join copies both ways until both directions have ended. The end of one is passed on as a
-// half-close; a failure ends both, since the bytes it lost cannot be made up for.
+// half-close; a failure ends both, since the bytes it lost cannot be made up for. So does the local
+// end where the client would otherwise wait for it for ever.
 func join(client Conn, clientIn io.Reader, local Conn) {
 	var both sync.WaitGroup
 	carry := func(to Conn, from io.Reader) {
 		if _, err := io.Copy(to, from); err != nil {
 			client.Close()
 			local.Close()
+			return
+		}
+		if _, whole := to.(wholeEnder); whole {
+			to.Close()
 			return
 		}
 		_ = to.CloseWrite()

@@ -44,6 +44,10 @@ func (c vsockConn) CloseWrite() error {
 	return shutErr
 }
 
+// endsWhole implements wholeEnder: a VMM with a Unix socket on the host's side keeps the end of one
+// direction to itself (Firecracker, vsock/csm/connection.rs, PeerClosed).
+func (vsockConn) endsWhole() {}
+
 type vsockListener struct{ f *os.File }
 
 func vsockSocket() (int, error) {

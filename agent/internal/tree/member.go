@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"syscall"
 
@@ -22,36 +21,46 @@ const (
 var zeroBlock [holeBlock]byte
 
 func (u *unpacker) regular(dir int, name string, h *tar.Header, content io.Reader) error {
-	// Write-only for nobody else until owner and mode are final.
+	// The final mode at once saves a call for most files. It would be wrong while the file still
+	// belongs to another owner than it will: then it is nobody else's until all is final.
+	perm := modeBits(h) & 0o777
+	if uid, gid := u.ownerOf(h); u.privileged && (uid != 0 || gid != 0) {
+		perm = 0o600
+	}
+	// A raw descriptor: an os.File would ask what kind of file it is, ten thousand times.
 	fd, err := kernel.Openat(dir, name,
-		syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, 0o600)
+		syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW, perm)
 	if err != nil {
 		return err
 	}
-	f := os.NewFile(uintptr(fd), name)
-	n, err := copySparse(f, content, u.buf)
+	n, err := copySparse(fd, content, u.buf)
 	u.counts.Bytes += n
 	if err == nil && n != h.Size {
 		err = fmt.Errorf("%d bytes, the header says %d", n, h.Size)
 	}
 	if err == nil {
-		err = u.attributesOf(fd, h)
+		err = u.attributesOf(fd, h, false)
 	}
-	return errors.Join(err, f.Close())
+	return errors.Join(err, syscall.Close(fd))
 }
 
-// copySparse copies and leaves holes where whole blocks are zero.
-func copySparse(f *os.File, r io.Reader, buf []byte) (int64, error) {
-	var offset int64
+// copySparse copies to the empty file behind fd and leaves holes where whole blocks are zero.
+func copySparse(fd int, r io.Reader, buf []byte) (int64, error) {
+	var offset, written int64 // written is where the last run of data ends
 	for {
 		n, err := io.ReadFull(r, buf)
-		if writeErr := writeBlocks(f, buf[:n], offset); writeErr != nil {
+		end, writeErr := writeBlocks(fd, buf[:n], offset)
+		if writeErr != nil {
 			return offset, writeErr
 		}
+		written = max(written, end)
 		offset += int64(n)
 		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			if written == offset {
+				return offset, nil
+			}
 			// A hole at the end exists only by the size.
-			return offset, f.Truncate(offset)
+			return offset, kernel.Ftruncate(fd, offset)
 		}
 		if err != nil {
 			return offset, tarError(err)
@@ -59,28 +68,30 @@ func copySparse(f *os.File, r io.Reader, buf []byte) (int64, error) {
 	}
 }
 
-// writeBlocks writes the runs of data that are not whole zero blocks.
-func writeBlocks(f *os.File, data []byte, offset int64) error {
+// writeBlocks writes the runs of data that are not whole zero blocks; it returns the offset behind
+// the last one, 0 without any.
+func writeBlocks(fd int, data []byte, offset int64) (int64, error) {
+	var written int64
 	start := 0 // of the run that is not written yet
+	run := func(end int) error {
+		if start == end {
+			return nil
+		}
+		written = offset + int64(end)
+		return kernel.Pwrite(fd, data[start:end], offset+int64(start))
+	}
 	for at := 0; at < len(data); at += holeBlock {
 		end := min(at+holeBlock, len(data))
 		if !bytes.Equal(data[at:end], zeroBlock[:end-at]) {
 			continue
 		}
-		if err := writeRun(f, data[start:at], offset+int64(start)); err != nil {
-			return err
+		if err := run(at); err != nil {
+			return written, err
 		}
 		start = end
 	}
-	return writeRun(f, data[start:], offset+int64(start))
-}
-
-func writeRun(f *os.File, data []byte, offset int64) error {
-	if len(data) == 0 {
-		return nil
-	}
-	_, err := f.WriteAt(data, offset)
-	return err
+	err := run(len(data))
+	return written, err
 }
 
 // hardLink links to a member that came before, found without following a link.
@@ -111,6 +122,14 @@ func makedev(major, minor int64) int {
 	return int(minor&0xff | (major&0xfff)<<8 | (minor&^0xff)<<12 | (major&^0xfff)<<32)
 }
 
+// ownerOf is who shall own the member.
+func (u *unpacker) ownerOf(h *tar.Header) (uid, gid int) {
+	if u.owner != nil {
+		return int(u.owner.UID), int(u.owner.GID)
+	}
+	return h.Uid, h.Gid
+}
+
 // attributes is attributesOf for name in dir.
 func (u *unpacker) attributes(dir int, name string, h *tar.Header) error {
 	fd, err := kernel.Openat(dir, name, kernel.OPath|syscall.O_NOFOLLOW, 0)
@@ -118,24 +137,27 @@ func (u *unpacker) attributes(dir int, name string, h *tar.Header) error {
 		return err
 	}
 	defer syscall.Close(fd)
-	return u.attributesOf(fd, h)
+	return u.attributesOf(fd, h, true)
 }
 
-// attributesOf sets owner, mode, extended attributes and time of the file behind fd. By descriptor,
-// because whoever owns the tree may exchange names meanwhile. In this order, because a change of
-// owner clears setuid bits and capabilities.
-func (u *unpacker) attributesOf(fd int, h *tar.Header) error {
-	uid, gid := h.Uid, h.Gid
-	if u.owner != nil {
-		uid, gid = int(u.owner.UID), int(u.owner.GID)
+// attributesOf sets owner, mode, extended attributes and time of the file behind fd, which is only
+// a path when it was opened with O_PATH. By descriptor, because whoever owns the tree may exchange
+// names meanwhile. In this order, because a change of owner clears setuid bits and capabilities.
+// What is right already is not set again: each change is a transaction of the filesystem.
+func (u *unpacker) attributesOf(fd int, h *tar.Header, onlyPath bool) error {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return err
 	}
-	if u.privileged {
+	uid, gid := u.ownerOf(h)
+	chown := u.privileged && (int(st.Uid) != uid || int(st.Gid) != gid)
+	if chown {
 		if err := syscall.Fchownat(fd, "", uid, gid, kernel.AtEmptyPath); err != nil {
 			return fmt.Errorf("setting the owner: %w", err)
 		}
 	}
-	if h.Typeflag != tar.TypeSymlink {
-		if err := syscall.Chmod(kernel.FdPath(fd), modeBits(h)); err != nil {
+	if mode := modeBits(h); h.Typeflag != tar.TypeSymlink && (chown || st.Mode&0o7777 != mode) {
+		if err := chmod(fd, mode, onlyPath); err != nil {
 			return fmt.Errorf("setting the mode: %w", err)
 		}
 	}
@@ -153,7 +175,18 @@ func (u *unpacker) attributesOf(fd int, h *tar.Header) error {
 	if h.ModTime.IsZero() {
 		return nil
 	}
+	if onlyPath {
+		return kernel.SetMtimeOfPath(fd, h.ModTime.UnixNano())
+	}
 	return kernel.SetMtime(fd, h.ModTime.UnixNano())
+}
+
+// chmod changes the mode of the file behind fd; fchmod(2) refuses O_PATH.
+func chmod(fd int, mode uint32, onlyPath bool) error {
+	if onlyPath {
+		return syscall.Chmod(kernel.FdPath(fd), mode)
+	}
+	return syscall.Fchmod(fd, mode)
 }
 
 // modeBits are permission, setuid, setgid and sticky bits as the kernel numbers them, which is

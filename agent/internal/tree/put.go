@@ -141,6 +141,12 @@ func swap(parent int, temp, target string) error {
 
 // newStaging returns an unused name in parent and removes what an earlier, interrupted run left.
 func newStaging(parent int) (name string, release func()) {
+	removeStale(parent)
+	return claimName()
+}
+
+// removeStale removes from parent what nobody is using.
+func removeStale(parent int) {
 	staging.Lock()
 	defer staging.Unlock()
 	if fd, err := kernel.Openat(parent, ".", dirFlags, 0); err == nil {
@@ -153,6 +159,12 @@ func newStaging(parent int) (name string, release func()) {
 			}
 		}
 	}
+}
+
+// claimName returns a new name that removeStale leaves alone until it is released.
+func claimName() (name string, release func()) {
+	staging.Lock()
+	defer staging.Unlock()
 	name = fmt.Sprintf("%s%016x", stagingPrefix, rand.Uint64())
 	staging.names[name] = true
 	return name, func() {
@@ -325,7 +337,8 @@ func (u *unpacker) place(dir int, name string, create func(name string) error) e
 		}
 		return create(name)
 	}
-	temp := fmt.Sprintf("%s%016x", stagingPrefix, rand.Uint64())
+	temp, release := claimName()
+	defer release()
 	if err := create(temp); err != nil {
 		_ = kernel.Unlinkat(dir, temp, 0) // may not exist yet
 		return err
@@ -358,7 +371,7 @@ func (u *unpacker) finishDirs() error {
 			}
 			return fmt.Errorf("%q: %w", h.Name, err)
 		}
-		err = u.attributesOf(fd, h)
+		err = u.attributesOf(fd, h, false)
 		syscall.Close(fd)
 		if err != nil {
 			return fmt.Errorf("%q: %w", h.Name, err)

@@ -241,6 +241,32 @@ func TestReplaceSwapsTheWholeTree(t *testing.T) {
 	}
 }
 
+func TestAReplaceLeavesAMergeBesideItAlone(t *testing.T) {
+	dir := t.TempDir()
+	big := pack(t, file("big", strings.Repeat("x", 1<<20))).Bytes()
+	stream, client := io.Pipe()
+	merged := make(chan error, 1)
+	go func() {
+		_, err := Put(dir, stream, nil, false)
+		stream.Close()
+		merged <- err
+	}()
+	if _, err := client.Write(big[:len(big)/2]); err != nil { // returns when it was read
+		t.Fatal(err)
+	}
+	if _, err := Put(filepath.Join(dir, "tree"), pack(t, file("f", "1")), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = client.Write(big[len(big)/2:]) // a failure is the merge's to tell
+	client.Close()
+	if err := <-merged; err != nil {
+		t.Error(err)
+	}
+	if got := len(read(t, filepath.Join(dir, "big"))); got != 1<<20 {
+		t.Errorf("the merged file has %d bytes", got)
+	}
+}
+
 func TestACutStreamLeavesTheOldTree(t *testing.T) {
 	base := t.TempDir()
 	if err := os.MkdirAll(base+"/t", 0o755); err != nil {

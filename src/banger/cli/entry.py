@@ -6,17 +6,33 @@ A guest command's own status passes through; everything else that fails is 1, wr
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run one command line and exit."""
+    _open_standard_streams()
     if sys.argv[1:] == ["--version"]:
         from banger.cli.version import version_line
 
         sys.stdout.write(version_line() + "\n")
         sys.exit(0)
     sys.exit(_run(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """What our caller closed of descriptors 0 to 2 becomes /dev/null.
+
+    Else the next socket would get the number of stdin, and a guest's output would go to it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    # Python has none for a descriptor that was closed when it started.
+    sys.stdin = sys.stdin or os.fdopen(0, "r", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _run(argv: list[str]) -> int:
@@ -26,6 +42,8 @@ def _run(argv: list[str]) -> int:
     from banger.cli.guest_command import GuestCommand, split
     from banger.errors import BangerError
 
+    if os.environ.get("_BANGER_COMPLETE", "").startswith("powershell"):
+        import banger.cli.completion  # noqa: F401 - a shell that click does not know by itself
     ours, guest = split(argv)
     try:
         status = app.main(
@@ -46,8 +64,6 @@ def _run(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain again while it exits.
-        import os
-
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BangerError as e:

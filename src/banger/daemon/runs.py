@@ -35,10 +35,12 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
         call.stage("inspect", "inspecting the repository", params.workspace.path)
         shipment = await ships.inspect(daemon, params.workspace)
     image = await stored.ensure_image(daemon, params.create.image, call)
-    vm = await create(daemon.vms, params.create, image, call, ephemeral=params.rm)
+    # In the row from the first moment: no crash leaves a machine that nobody will delete.
+    owner = _owner(call.peer_pid) if params.rm else None
+    vm = await create(daemon.vms, params.create, image, call, owner=owner)
+    if owner is not None:
+        daemon.guard(vm.id, ProcessRef(pid=owner.pid, start_time=owner.start_time))
     try:
-        if params.rm:
-            vm = _guard(daemon, vm, call.peer_pid)
         workspace, files, size = None, 0, 0
         if shipment is not None:
             call.stage("workspace", "copying the repository", shipment.guest_path)
@@ -65,14 +67,12 @@ def _below(shipment: ships.Shipment | None) -> str | None:
     return shipment.working_directory if shipment is not None else None
 
 
-def _guard(daemon: Daemon, vm: VmRecord, owner_pid: int) -> VmRecord:
-    """Tie an ephemeral VM to the command that asked for it, however that command ends."""
-    owner = find_process(owner_pid)
-    if owner is None:
+def _owner(pid: int) -> OwnerProcess:
+    """The command that an ephemeral VM belongs to, however that command ends."""
+    process = find_process(pid)
+    if process is None:
         raise BangerError("operation_failed", "the command that asked for the VM is gone")
-    vm = daemon.store.update(vm.id, owner=OwnerProcess(pid=owner.pid, start_time=owner.start_time))
-    daemon.guard(vm.id, owner)
-    return vm
+    return OwnerProcess(pid=process.pid, start_time=process.start_time)
 
 
 async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> None:

@@ -14,7 +14,8 @@ import logging
 import os
 import socket
 import time
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -22,7 +23,7 @@ from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request
 from banger.errors import BangerError
 from banger.guest.config import ANNOUNCE_PORT
-from banger.rpc.channel import Channel
+from banger.rpc.channel import Channel, accept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,13 +34,17 @@ log = logging.getLogger(__name__)
 _EXCHANGE_S = 30.0
 # linux/in.h: an address may be bound before the bridge that will have it exists.
 _IP_FREEBIND = 15
-_MOST_CONNECTIONS = 64
+_MOST_CONNECTIONS = 4
+
+
+# Kept in records and printed: short, and nothing that a terminal would act on.
+_Word = Annotated[str, msgspec.Meta(max_length=64, pattern=r"\A[A-Za-z0-9._+-]*\Z")]
 
 
 class Announcement(Wire, frozen=True, kw_only=True):
-    vm_id: str
-    boot_id: str
-    agent_version: str
+    vm_id: _Word
+    boot_id: _Word
+    agent_version: _Word
     protocol: int
 
 
@@ -116,15 +121,24 @@ class Announcements:
         return task
 
     async def _serve(self, sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        # By peer address, so that one guest cannot keep the others out; the bridge lets nobody
+        # forge one. A Unix listener has a single guest behind it.
+        greeted: Counter[str] = Counter()
         while True:
-            connection, _ = await loop.sock_accept(sock)
-            if len(self._tasks) > _MOST_CONNECTIONS:
+            connection = await accept(sock)
+            try:
+                name = connection.getpeername()
+            except OSError:  # it has left already
                 connection.close()
                 continue
-            self._spawn(self._greet(connection))
+            peer = name[0] if isinstance(name, tuple) else ""
+            if greeted[peer] >= _MOST_CONNECTIONS:
+                connection.close()
+                continue
+            greeted[peer] += 1
+            self._spawn(self._greet(connection, peer, greeted))
 
-    async def _greet(self, connection: socket.socket) -> None:
+    async def _greet(self, connection: socket.socket, peer: str, greeted: Counter[str]) -> None:
         channel = Channel(connection)
         try:
             async with asyncio.timeout(_EXCHANGE_S):
@@ -140,6 +154,9 @@ class Announcements:
             log.warning("an announcement was refused: %s", e)
         finally:
             channel.close()
+            greeted[peer] -= 1
+            if not greeted[peer]:
+                del greeted[peer]
 
     def _check(self, line: bytes) -> tuple[asyncio.Future[Announcement], Announcement]:
         request = msgspec.json.decode(line, type=Request)
@@ -148,7 +165,8 @@ class Announcements:
         if expected is None:
             raise BangerError("unauthorized", "the VM is not expected")
         token, future = expected
-        if not hmac.compare_digest(token, request.token or ""):
+        # As bytes: of strings it takes ASCII only.
+        if not hmac.compare_digest(token.encode(), (request.token or "").encode()):
             raise BangerError("unauthorized", "wrong token")
         if announcement.protocol != PROTOCOL_VERSION:
             raise BangerError("bad_version", f"the agent speaks protocol {announcement.protocol}")

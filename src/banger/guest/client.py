@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import socket
 import time
@@ -170,7 +171,8 @@ class GuestClient:
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
-            sock.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the guest may have ended it already
+                sock.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(work, return_exceptions=True)
             raise
         finally:
@@ -188,12 +190,12 @@ class GuestClient:
                 with io.BufferedWriter(_DataFrames(channel), frames.PAYLOAD_LIMIT) as out:
                     written = write_tar(out)
                 channel.write_frame(FrameType.DATA_END)
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 # The agent gave up; its last frame says why.
                 _final_frame(channel, doing)
                 raise
             payload = _final_frame(channel, doing)
-            return written, msgspec.json.decode(payload, type=Transferred)
+            return written, _decode(payload, Transferred, doing)
         except OSError as e:
             if isinstance(e, ConnectionError):
                 raise connection_lost(doing) from e
@@ -204,10 +206,17 @@ def _final_frame(channel: BlockingChannel, doing: str) -> bytes:
     while (frame := channel.read_frame()) is not None:
         kind, payload = frame
         if kind is FrameType.ERROR:
-            raise msgspec.json.decode(payload, type=WireError).exception()
+            raise _decode(payload, WireError, doing).exception()
         if kind is FrameType.RESULT:
             return payload
     raise connection_lost(doing)
+
+
+def _decode(payload: bytes, kind: type[T], doing: str) -> T:
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.DecodeError, RecursionError) as e:
+        raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 
 
 class _DataFrames(io.RawIOBase):

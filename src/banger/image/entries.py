@@ -171,9 +171,7 @@ def write_manifest(directory: Path, manifest: ImageManifest) -> None:
 def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:
     manifest = find_manifest(paths.images / record.id)
     if manifest is None:
-        raise BangerError(
-            "not_found", f"the image {record.name} is gone", hint="banger image list"
-        )
+        raise BangerError("not_found", f"the image {record.name} is gone", hint="banger image list")
     return manifest
 
 

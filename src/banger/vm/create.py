@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.api.records import ImageRecord, VmRecord
+from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError
 from banger.files import ensure_private_directory, remove_tree, write_atomic
@@ -78,12 +78,15 @@ async def create(
     image: ImageRecord,
     report: Reporter,
     *,
-    ephemeral: bool = False,
+    owner: OwnerProcess | None = None,
 ) -> VmRecord:
     """Reserve and, unless `params.start` is false, start a VM of an image that is present.
 
+    `owner` makes it ephemeral: deleted when that process has ended.
+
     Raises:
-        BangerError: nothing of the VM is left then, except with reason guest_not_ready.
+        BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
+            the rollback failed: it stays in state error, so that it can be deleted.
     """
     admission.check_disk(ctx, 0)
     report.stage("reserve", "reserving name and address")
@@ -104,7 +107,8 @@ async def create(
             address=address,
             mac=derive_mac(address) if address else _USER_MAC,
             network=ctx.network,
-            ephemeral=ephemeral,
+            ephemeral=owner is not None,
+            owner=owner,
             created_at=now,
             updated_at=now,
             touched_at=now,
@@ -133,7 +137,12 @@ async def create(
                 return vm
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
-            if not (isinstance(e, BangerError) and e.reason == "guest_not_ready"):
+            now = ctx.store.find(vm.id)
+            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+            if kept and now is not None:
+                # Its console is wanted: it waits for `vm logs` and `vm delete`.
+                ctx.store.update(vm.id, ephemeral=False, owner=None)
+            if not kept and now is not None and now.state != "error":
                 forget_vm(ctx, vm)
             raise
 

@@ -67,8 +67,10 @@ async def _release_strangers(ctx: VmContext) -> None:
         # Only what looks like ours: whatever else somebody put there is not ours to remove.
         if re.fullmatch(r"[0-9a-f]{32}", directory.name) and directory.name not in known:
             log.warning("VM directory %s belongs to no VM and is removed", directory.name)
-            await release_everything(ctx, directory.name, handles_of(ctx, directory.name))
-            remove_tree(directory)
+            handles = handles_of(ctx, directory.name)
+            # What still holds something keeps its handles for the next daemon.
+            if not await release_everything(ctx, directory.name, handles):
+                remove_tree(directory)
     if ctx.host.privilege.kind == "none":
         return
     try:

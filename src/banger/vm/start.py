@@ -30,13 +30,15 @@ from banger.kernel.pull import ensure_base_initrd
 from banger.ssh.known_hosts import replace_host
 from banger.store.vms import now_text
 from banger.vm import admission, console
-from banger.vm.cleanup import is_live, release_everything, reset
+from banger.vm.cleanup import handles_of, is_live, release_everything, reset
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
 from banger.vm.undo import Undo
 from banger.vmm.driver import remove_stale_sockets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
     from banger.guest.announce import Announcement
     from banger.progress import Reporter
@@ -60,7 +62,7 @@ async def start(
     if is_live(ctx, vm):
         return vm
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
-    if failures := await release_everything(ctx, vm.id, ctx.handles.get(vm.id)):
+    if failures := await release_everything(ctx, vm.id, handles_of(ctx, vm.id)):
         raise BangerError(
             "operation_failed",
             f"starting VM {vm.name}: what it held before could not be given back: "
@@ -79,7 +81,7 @@ async def start(
         # Registered first, because every step from here on leaves something that this gives back.
         undo.push("what it held", lambda: _release(ctx, vm.id))
         timer.stage("disks", "preparing disks")
-        await asyncio.to_thread(_make_disks, ctx, plan)
+        await _finish_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
@@ -204,10 +206,26 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
     )
 
 
+async def _finish_thread(work: Callable[..., None], *args: object) -> None:
+    """As `asyncio.to_thread`; when cancelled it still waits for the thread, which cannot be stopped
+    and would make again what the undo removes."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
+
+
 async def _release(ctx: VmContext, vm_id: str) -> None:
-    failures = await release_everything(ctx, vm_id, ctx.handles.get(vm_id))
+    # A rollback that was begun is finished, also when its caller is cancelled once more.
+    failures = await ctx.finish_alone(
+        release_everything(ctx, vm_id, ctx.handles.get(vm_id)), f"undo {vm_id[:8]}"
+    )
     if failures:
-        raise BangerError("operation_failed", "; ".join(failures))
+        text = "; ".join(failures)
+        ctx.store.update(vm_id, state="error", last_error=text, boot_id=None)
+        raise BangerError("operation_failed", text)
 
 
 async def _ready(

@@ -81,7 +81,7 @@ async def kill(ctx: VmContext, vm: VmRecord, signal: str) -> tuple[VmRecord, str
         handles = handles_of(ctx, vm.id)
         if signal != "KILL" and handles is not None and handles.process is not None:
             ctx.unwatch(vm.id)
-            signal_vmm(handles.process, signal)
+            signal_vmm(handles.process, signal, missing_ok=True)
             try:
                 async with asyncio.timeout(ctx.settings.stop_timeout_s):
                     await wait_exit(handles.process)

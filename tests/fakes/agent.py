@@ -1,0 +1,101 @@
+"""The guest agent itself, serving on this host: the real program behind a Unix socket.
+
+It ends with the context. Where it was not built the test is skipped, naming it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from banger.config.resources import agent_binary
+from banger.errors import BangerError
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a" * 64
+VM_ID = "a" * 32
+
+
+def find_agent() -> Path:
+    """The agent's program. Skips the test where there is none."""
+    try:
+        return agent_binary()
+    except BangerError as e:
+        pytest.skip(str(e))
+
+
+class Agent:
+    """One running agent. Its commands run as children of it, as ourselves."""
+
+    def __init__(self, directory: Path, program: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "agent"
+        config = directory / "config.json"
+        config.write_text(
+            json.dumps({"schema": 1, "vm_id": VM_ID, "name": "web", "hostname": "web"})
+        )
+        announced = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        announced.bind(str(directory / "host"))
+        announced.listen(1)
+        announced.settimeout(10)
+        self.process = subprocess.Popen(
+            [program, "serve", "--listen", f"unix:{self.socket}", "--config", config,
+             "--announce", f"unix:{directory / 'host'}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        # Its announcement says that it listens.
+        with announced, announced.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(b'{"result":{"time_unix_ns":0}}\n')
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(self.socket))
+        return sock
+
+    def run(self, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+        """`banger.cli.stream.run` in a process of its own, over a connection to this agent.
+
+        Options of the guest process (`tty`, `cwd`, `machine_pid`, …); those named `std…` are
+        Popen's.
+        """
+        pipes = {k: options.pop(k) for k in list(options) if k.startswith("std")}
+        document = {"socket": str(self.socket), "argv": argv, **options}
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("run_command.py")), json.dumps(document)],
+            env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+            **{
+                "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                **pipes,
+            },
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running_agent() -> Iterator[Agent]:
+    """An agent that serves until the block ends."""
+    program = find_agent()
+    directory = Path(tempfile.mkdtemp(prefix="ba"))  # short, as sun_path is
+    try:
+        agent = Agent(directory, program)
+        try:
+            yield agent
+        finally:
+            agent.close()
+    finally:
+        shutil.rmtree(directory)

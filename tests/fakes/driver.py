@@ -1,0 +1,106 @@
+"""A VMM without a machine: a shell that does what is written into its FIFO, and a guest beside it.
+
+The process is real, started, watched and killed by `banger.host.vmm_process`; what a VMM would
+print goes to its console. Which kind of boot comes next is the test's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+from banger.api.records import VmmName
+from banger.vmm.driver import before_exit
+from banger.vmm.machine import Capabilities, Launch, Machine
+from fakes.faults import Faults
+from fakes.guest import FakeGuest, read_config
+
+# ready: the guest announces itself. silent: it never does. dies: it panics first. dies_early: the
+# VMM ends while it is being configured. liar: a wrong token. stranger: another VM's id.
+Boot = Literal["ready", "silent", "dies", "dies_early", "liar", "stranger"]
+PANIC = "[    1.0] Kernel panic - not syncing: VFS: Unable to mount root fs"
+_LIFE = "life"
+
+
+class FakeDriver:
+    """Points: `driver.build_launch`, `driver.start`."""
+
+    def __init__(self, faults: Faults, *, emulated: bool = False) -> None:
+        self.name: VmmName = "firecracker"
+        self.version = "0.0.0-fake"
+        self.program = Path("/bin/sh")
+        self.capabilities = Capabilities(
+            vsock="unix", snapshot=False, emulated=emulated, user_network=False
+        )
+        self.boots: deque[Boot] = deque()
+        self.guests: dict[str, FakeGuest] = {}
+        self._faults = faults
+        self._lives: dict[str, list[int]] = {}
+        self._tasks: set[asyncio.Task[bool]] = set()
+
+    def build_launch(self, machine: Machine) -> Launch:
+        self._faults.check("driver.build_launch")
+        # Open for both, so that neither end ever waits for the other.
+        path = machine.runtime / _LIFE
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        # An earlier machine's stays open too: closing it would end that machine.
+        self._lives.setdefault(machine.vm_id, []).append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        return Launch(argv=(str(self.program), _LIFE), cwd=machine.runtime)
+
+    def power_off(self, vm_id: str, script: str = "exit 0") -> None:
+        """Let the machine say something and end."""
+        os.write(self._lives[vm_id][-1], f"{script}\n".encode())
+
+    async def start(
+        self, machine: Machine, exited: asyncio.Event, *, timeout_s: float = 30
+    ) -> None:
+        await self._faults.arrive("driver.start")
+        boot = self.boots.popleft() if self.boots else "ready"
+        vm_id = machine.vm_id
+        if boot == "dies_early":
+            self.power_off(vm_id, "echo bad option; exit 1")
+            await before_exit(
+                asyncio.Event().wait(), exited, doing="configuring", timeout_s=timeout_s
+            )
+        guest = FakeGuest(
+            machine.runtime, read_config(machine.initrd), lambda: self.power_off(vm_id)
+        )
+        if earlier := self.guests.get(vm_id):
+            await earlier.end()
+        self.guests[vm_id] = guest
+        await guest.listen()
+        match boot:
+            case "ready":
+                self._spawn(guest.announce())
+            case "liar":
+                self._spawn(guest.announce(token="0" * 64))
+            case "stranger":
+                self._spawn(guest.announce(vm_id="f" * 32))
+            case "dies":
+                self.power_off(vm_id, f"echo '{PANIC}'; echo; exit 3")
+
+    def _spawn(self, work: object) -> None:
+        task: asyncio.Task[bool] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]  # coroutine of bool
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def pause(self, runtime: Path) -> None:
+        """Nothing runs here that could be paused."""
+
+    async def resume(self, runtime: Path) -> None:
+        """See `pause`."""
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for guest in self.guests.values():
+            await guest.end()
+        for fds in self._lives.values():
+            for fd in fds:
+                os.close(fd)
+        self._lives.clear()

@@ -1,0 +1,102 @@
+"""A host without a kernel: leases in memory, cgroups as directories that mean something.
+
+`FakeHost` answers as `banger.host.host.Host` does and outlives the contexts that use it, as the
+root helper's ledger outlives the daemon. Releasing a lease kills what is in its cgroup, as the real
+one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+from banger.errors import BangerError
+from banger.files import remove_tree
+from banger.host.lease import BridgeStatus, HostStatus, Lease, LeaseId, LeasePlan, LeaseStatus
+from banger.host.privilege import Privilege
+from fakes.faults import Faults
+
+ROOT = Privilege(kind="root")
+NOBODY = Privilege(kind="none", missing="nobody may make a tap here")
+
+
+class FakeHost:
+    """Points: `host.prepare`, `host.prepare.reply` (made, then the answer is lost),
+    `host.release`, `host.status`, `host.sweep`."""
+
+    def __init__(self, directory: Path, faults: Faults, privilege: Privilege = ROOT) -> None:
+        self.privilege = privilege
+        self.leases: dict[LeaseId, LeaseStatus] = {}
+        self._cgroups = directory
+        self._faults = faults
+        self._plans: dict[LeaseId, LeasePlan] = {}
+
+    async def prepare(self, plan: LeasePlan, *, op_id: str = "") -> Lease:
+        self._require_privilege()
+        await self._faults.arrive("host.prepare")
+        lease_id = plan.lease_id
+        known = self._plans.get(lease_id)
+        taken = [s.vm_id for s in self.leases.values() if s.address == plan.guest_address]
+        if (known is not None and known != plan) or any(v != plan.vm_id for v in taken):
+            raise BangerError("already_exists", f"{plan.guest_address} is leased", reason="in_use")
+        if known is None:
+            self._make(plan)
+        await self._faults.arrive("host.prepare.reply")
+        status = self.leases[lease_id]
+        return Lease(id=lease_id, tap=status.tap, cgroup=status.cgroup)
+
+    def _make(self, plan: LeasePlan) -> None:
+        cgroup = self._cgroups / plan.vm_id
+        cgroup.mkdir(parents=True)
+        for name in ("cgroup.procs", "cgroup.kill"):
+            (cgroup / name).touch()
+        self._plans[plan.lease_id] = plan
+        self.leases[plan.lease_id] = LeaseStatus(
+            id=plan.lease_id,
+            vm_id=plan.vm_id,
+            tap=f"tap-fc-{plan.vm_id[:8]}",
+            address=plan.guest_address,
+            cgroup=str(cgroup),
+            bridge=plan.bridge_name,
+            state="ready",
+        )
+
+    async def release(self, lease_id: LeaseId, *, op_id: str = "") -> None:
+        self._require_privilege()
+        await self._faults.arrive("host.release")
+        status = self.leases.pop(lease_id, None)
+        self._plans.pop(lease_id, None)
+        if status is not None and status.cgroup is not None:
+            self._kill(Path(status.cgroup))
+
+    def _kill(self, cgroup: Path) -> None:
+        for word in (cgroup / "cgroup.procs").read_text().split():
+            # A real cgroup forgets the dead; this one must not kill whoever has the number now.
+            with contextlib.suppress(OSError):
+                if Path(os.readlink(f"/proc/{word}/cwd")).is_relative_to(self._cgroups.parent):
+                    os.kill(int(word), signal.SIGKILL)
+        remove_tree(cgroup)
+
+    async def sweep(self, *, op_id: str = "") -> tuple[LeaseId, ...]:
+        await self._faults.arrive("host.sweep")
+        return ()
+
+    async def status(self, *, op_id: str = "") -> HostStatus:
+        self._require_privilege()
+        await self._faults.arrive("host.status")
+        bridges = tuple(
+            BridgeStatus(name=name, address="", prefix=24, ports=())
+            for name in sorted({s.bridge for s in self.leases.values()})
+        )
+        return HostStatus(
+            version=1, leases=tuple(self.leases.values()), bridges=bridges, problems=()
+        )
+
+    async def aclose(self) -> None:
+        """The helper ends; the leases stay."""
+
+    def _require_privilege(self) -> None:
+        if self.privilege.kind == "none":
+            raise BangerError("operation_failed", self.privilege.missing, reason="unsupported")

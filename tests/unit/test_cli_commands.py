@@ -1,0 +1,428 @@
+"""Commands against a daemon that says what the test wants: what is asked, printed and returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger.api import params as p
+from banger.api import results as r
+from banger.api.records import VmRecord
+from banger.errors import BangerError
+from banger.process import read_stat
+from banger.rpc.server import Call
+from fakes.agent import ROOT, TOKEN, Agent, running_agent
+from fakes.command_line import CommandLine
+from fakes.daemon import FakeDaemon, running_daemon
+
+VM = VmRecord(
+    id="0" * 32,
+    name="web",
+    state="running",
+    image_id="1" * 32,
+    image="debian",
+    kernel="k",
+    vcpu=2,
+    memory_mib=512,
+    overlay_bytes=8 << 30,
+    work_disk_bytes=8 << 30,
+    address="172.16.0.2",
+    mac="",
+    network="bridge",
+    created_at="2026-01-02T03:04:05.678Z",
+)
+
+
+def named(name: str, **changes: Any) -> VmRecord:
+    return msgspec.structs.replace(VM, name=name, **changes)
+
+
+def access(vm: VmRecord = VM, *, pid: int | None = None) -> r.AgentAccess:
+    pid = pid or os.getpid()
+    stat = read_stat(pid)
+    assert stat is not None
+    return r.AgentAccess(
+        vm=vm, token=TOKEN, cwd=None, login=False, vmm_pid=pid, vmm_start_time=stat[1]
+    )
+
+
+Serve = Callable[..., FakeDaemon]
+
+
+@pytest.fixture
+def serve(cli: CommandLine) -> Iterator[Serve]:
+    """Start a daemon where the command line looks for it."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        yield lambda **answers: stack.enter_context(
+            running_daemon(
+                cli.paths.daemon_socket,
+                {name.replace("__", "."): answer for name, answer in answers.items()},
+            )
+        )
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def test_list_is_a_table_with_the_facts_of_each_vm(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__list=lambda _: [VM, named("db", state="stopped", address="")])
+    done = cli("vm", "list")
+    head, web, db = done.out.splitlines()
+    assert head.split()[:3] == ["NAME", "STATE", "IMAGE"]
+    assert web.split() == [
+        "web", "running", "debian", "172.16.0.2", "2", "512M", "8G", "-", "2026-01-02", "03:04:05",
+    ]  # fmt: skip
+    assert db.split()[:4] == ["db", "stopped", "debian", "-"]
+    assert done.err == ""
+
+
+def test_ps_is_list(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__list=lambda _: [VM])
+    assert cli("ps").out == cli("vm", "list").out
+
+
+def test_list_for_scripts_is_names_or_json(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__list=lambda _: [VM, named("db")])
+    assert cli("vm", "list", "--names").out == "web\ndb\n"
+    assert [vm["name"] for vm in json.loads(cli("vm", "list", "--json").out)] == ["web", "db"]
+
+
+def test_ports_say_what_only_the_guest_reaches(cli: CommandLine, serve: Serve) -> None:
+    row = r.PortRow(
+        vm="web", port=22, proto="tcp", process="sshd", address="0.0.0.0",
+        endpoint="172.16.0.2:22", reachable=True,
+    )  # fmt: skip
+    inside = msgspec.structs.replace(row, port=5432, address="127.0.0.1", reachable=False)
+    serve(vm__ports=lambda _: [row, inside])
+    lines = cli("vm", "ports", "web").out.splitlines()
+    assert lines[1].split() == ["22", "tcp", "sshd", "172.16.0.2:22", "web"]
+    assert "only inside the guest (127.0.0.1)" in lines[2]
+
+
+def test_logs_are_bytes_as_they_come(cli: CommandLine, serve: Serve, capfdbinary: Any) -> None:
+    async def logs(call: Call, _: p.VmLogs) -> None:
+        await call.data(b"one\n")
+        await call.data(b"\xff two\n")
+
+    serve(vm__logs=logs)
+    import banger.cli.vm_look as module
+
+    # The whole program, because it writes past Python's text layer.
+    done = subprocess.run(
+        [sys.executable, "-m", "banger.cli.entry", "vm", "logs", "web"],
+        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
+        capture_output=True, timeout=15,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"one\n\xff two\n", b"")
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def missing(_: Any) -> None:
+    raise BangerError("not_found", "there is no VM 'wbe'", hint="banger vm list", reason="gone")
+
+
+def test_error_of_the_daemon_is_shown_with_its_operation_and_hint(
+    cli: CommandLine, serve: Serve
+) -> None:
+    serve(vm__show=missing)
+    done = cli("vm", "show", "wbe")
+    assert (done.status, done.out) == (1, "")
+    first, hint = done.err.splitlines()
+    assert first.startswith("banger: not found: there is no VM 'wbe' (op-")
+    assert hint == "hint: banger vm list"
+
+
+def test_error_is_json_where_json_was_asked_for(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__health=missing)
+    done = cli("vm", "health", "wbe", "--json")
+    error = json.loads(done.out)["error"]
+    assert (done.status, done.err) == (1, "")
+    assert (error["code"], error["reason"], error["hint"]) == (
+        "not_found",
+        "gone",
+        "banger vm list",
+    )
+    assert error["op_id"].startswith("op-")
+
+
+def test_json_of_the_guest_command_is_not_ours(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__connect=missing)
+    done = cli("vm", "exec", "wbe", "--", "tool", "--json")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("banger: not found")
+
+
+def test_daemon_that_dies_while_it_answers_is_told_from_a_failure(
+    cli: CommandLine, serve: Serve
+) -> None:
+    def die(call: Call, _: Any) -> Any:
+        call.channel.close()
+        raise BangerError("operation_failed", "nobody hears this")
+
+    serve(vm__stop=die)
+    done = cli("vm", "stop", "web")
+    assert done.status == 1
+    assert "whether it was carried out is unknown" in done.err
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+
+def test_stop_of_several_goes_on_after_a_failure_in_the_order_given(
+    cli: CommandLine, serve: Serve
+) -> None:
+    def stop(params: p.StopVm) -> r.Outcome:
+        if params.vm == "wbe":
+            missing(params)
+        return r.Outcome(vm=named(params.vm, state="stopped"))
+
+    daemon = serve(vm__stop=stop)
+    done = cli("vm", "stop", "--timeout", "5s", "b", "wbe", "a", "b")
+    assert (done.status, done.out) == (1, "b stopped\na stopped\n")
+    assert done.err.count("there is no VM") == 1
+    assert sorted(params.vm for _, params in daemon.asked) == ["a", "b", "wbe"]
+    assert {params.timeout_s for _, params in daemon.asked} == {5.0}
+
+
+def test_note_of_a_stop_goes_to_stderr(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__stop=lambda _: r.Outcome(vm=VM, note="VM web was not running"))
+    done = cli("vm", "stop", "web")
+    assert (done.status, done.out) == (0, "web stopped\n")
+    assert done.err == "banger: VM web was not running\n"
+
+
+def test_start_shows_stages_for_one_vm(cli: CommandLine, serve: Serve) -> None:
+    async def start(call: Call, params: p.StartVm) -> r.Outcome:
+        call.stage("plan", "planning")
+        call.stage("ready", "waiting for the guest")
+        return r.Outcome(vm=VM)
+
+    serve(vm__start=start)
+    done = cli("vm", "start", "web")
+    assert done.err == "plan: planning\nready: waiting for the guest\n"
+    assert cli("vm", "start", "-q", "web").err == ""
+
+
+def test_prune_asks_before_it_deletes(cli: CommandLine, serve: Serve) -> None:
+    idle = named("old", state="stopped")
+    daemon = serve(vm__list=lambda _: [VM, idle], vm__delete=lambda _: r.Deleted(name="old"))
+    done = cli("vm", "prune")
+    assert done.status == 130  # nobody answered the question
+    assert [name for name, _ in daemon.asked] == ["vm.list"]
+    done = cli("vm", "prune", "-f")
+    assert (done.status, done.out) == (0, "old deleted\n")
+    assert daemon.asked[-1][1].vm == idle.id
+
+
+# --- creating -------------------------------------------------------------------------------------
+
+
+def test_create_prints_the_name_alone_and_asks_for_what_its_line_says(
+    cli: CommandLine, serve: Serve
+) -> None:
+    daemon = serve(vm__create=lambda params: named(params.name))
+    done = cli("vm", "create", "--name", "db", "--vcpu", "3", "--memory", "1G", "--no-start",
+               "--image", "debian", "--disk-size", "4G", "--system-overlay-size", "2G")  # fmt: skip
+    assert (done.status, done.out) == (0, "db\n")
+    assert done.err == "spec: 3 vCPU | 1024 MiB | disk 4G | image debian | nat off\n"
+    assert daemon.asked == [
+        ("vm.create", p.CreateVm(
+            image="debian", vcpu=3, memory_mib=1024, disk_bytes=4 << 30, overlay_bytes=2 << 30,
+            name="db", start=False,
+        )),
+    ]  # fmt: skip
+
+
+def test_create_for_scripts_is_quiet_or_json(cli: CommandLine, serve: Serve) -> None:
+    serve(vm__create=lambda params: VM)
+    assert cli("vm", "create", "-q").err == ""
+    assert json.loads(cli("vm", "create", "-q", "--json").out)["name"] == "web"
+
+
+def test_dry_run_prints_the_files_and_makes_nothing(
+    cli: CommandLine, serve: Serve, tmp_path: Path
+) -> None:
+    daemon = serve(vm__workspace__files=lambda _: r.FileList(names=("Makefile", "src/a.c")))
+    done = cli("vm", "run", str(tmp_path), "--dry-run", "--include-untracked")
+    assert (done.status, done.out, done.err) == (0, "Makefile\nsrc/a.c\n", "")
+    ((_, params),) = daemon.asked
+    assert params == p.ShipWorkspace(path=str(tmp_path), include_untracked=True)
+
+
+def test_detached_run_says_what_to_type_next(cli: CommandLine, serve: Serve) -> None:
+    async def run(call: Call, _: p.RunVm) -> None:
+        a, b = os.pipe()
+        await call.finish(r.RunResult(vm=VM, access=access()), fds=(_socket(),))
+        os.close(a)
+        os.close(b)
+
+    serve(vm__run=run)
+    done = cli("vm", "run", "-d", "-q")
+    assert done.status == 0
+    assert done.out.splitlines()[0] == "web"
+    assert "  banger vm ssh web" in done.out.splitlines()
+
+
+def _socket() -> int:
+    import socket
+
+    a, _ = socket.socketpair()
+    return a.detach()
+
+
+# --- running a command in a guest -----------------------------------------------------------------
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    with running_agent() as agent:
+        yield agent
+
+
+class Banger:
+    """The program itself, beside a daemon that leads to a real agent."""
+
+    def __init__(self, daemon: FakeDaemon, machine: subprocess.Popen[bytes]) -> None:
+        self.daemon = daemon
+        self.machine = machine
+
+    def popen(self, *words: str, shell: str = "", **options: Any) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "banger.cli.entry", *words]
+        if shell:
+            argv = ["sh", "-c", f'exec "$@" {shell}', "sh", *argv]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": -1, **options}
+        return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, **pipes)
+
+    def run(self, *words: str, stdin: bytes | None = None, **options: Any) -> tuple[int, str, str]:
+        if stdin is not None:
+            options["stdin"] = -1
+        process = self.popen(*words, **options)
+        out, err = process.communicate(stdin, timeout=15)
+        return process.returncode, out.decode(), err.decode()
+
+    def asked(self) -> list[str]:
+        return [name for name, _ in self.daemon.asked]
+
+
+@pytest.fixture
+def banger(serve: Serve, agent: Agent) -> Iterator[Banger]:
+    machine = subprocess.Popen(["sleep", "600"])
+
+    async def give(call: Call, answer: Any) -> None:
+        with agent.connect() as sock:
+            await call.finish(answer, fds=(sock.fileno(),))
+
+    async def connect(call: Call, params: p.VmRef) -> None:
+        await give(call, access(pid=machine.pid))
+
+    async def run(call: Call, params: p.RunVm) -> None:
+        call.stage("plan", "planning")
+        await give(call, r.RunResult(vm=VM, access=access(pid=machine.pid)))
+
+    daemon = serve(vm__connect=connect, vm__run=run, vm__delete=lambda _: r.Deleted(name="web"))
+    yield Banger(daemon, machine)
+    machine.kill()
+    machine.wait()
+
+
+def test_exec_passes_status_streams_and_words_through(banger: Banger) -> None:
+    script = 'cat; echo "$1" >&2; exit 7'
+    status, out, err = banger.run("vm", "exec", "web", "--", "sh", "-c", script, "sh", "a b",
+                                  stdin=b"input")  # fmt: skip
+    assert (status, out, err) == (7, "input", "a b\n")
+
+
+def test_exec_names_the_vm_in_the_environment(banger: Banger) -> None:
+    out = banger.run("vm", "exec", "web", "--env", "A=1 2", "--", "sh", "-c", "echo $BANGER_VM $A")[
+        1
+    ]
+    assert out == "web 1 2\n"
+
+
+def test_exec_with_a_closed_stdin_gives_the_command_an_empty_one(banger: Banger) -> None:
+    assert banger.run("vm", "exec", "web", "--", "cat", shell="<&-") == (0, "", "")
+
+
+def test_exec_with_a_closed_stdout_does_not_write_into_a_connection(banger: Banger) -> None:
+    status, out, _ = banger.run("vm", "exec", "web", "--", "sh", "-c", "echo lost", shell=">&-")
+    assert (status, out) == (0, "")
+
+
+def test_run_runs_the_command_and_says_that_the_vm_still_runs(banger: Banger) -> None:
+    status, out, err = banger.run("vm", "run", "--", "sh", "-c", "echo hello; exit 3")
+    assert (status, out) == (3, "hello\n")
+    assert err.splitlines()[1:] == [
+        "plan: planning",
+        "banger: VM web still runs; stop it with: banger vm stop web",
+    ]
+    assert banger.asked() == ["vm.run"]
+
+
+def test_run_with_rm_deletes_the_vm_whatever_the_command_says(banger: Banger) -> None:
+    status, _, err = banger.run("vm", "run", "-q", "--rm", "--", "false")
+    assert (status, err) == (1, "")
+    assert banger.asked() == ["vm.run", "vm.delete"]
+    assert banger.daemon.asked[0][1].rm
+
+
+def test_run_with_rm_deletes_the_vm_after_an_interrupt(banger: Banger) -> None:
+    process = banger.popen("vm", "run", "-q", "--rm", "--", "sh", "-c", "echo ready; sleep 60")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert banger.asked() == ["vm.run", "vm.delete"]
+
+
+def test_machine_that_ends_under_its_command_is_named(banger: Banger) -> None:
+    process = banger.popen("vm", "exec", "web", "--", "sh", "-c", "echo ready; sleep 60")
+    assert process.stdout is not None
+    process.stdout.readline()
+    banger.machine.kill()
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert "the machine ended while the command ran" in err.decode()
+    assert "hint: banger vm logs web" in err.decode()
+
+
+def test_agent_that_ends_alone_leaves_the_command_unknown(banger: Banger, agent: Agent) -> None:
+    process = banger.popen("vm", "exec", "web", "--", "sh", "-c", "echo ready; sleep 60")
+    assert process.stdout is not None
+    process.stdout.readline()
+    agent.close()
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert "what became of the command is unknown" in err.decode()
+
+
+def test_ssh_without_an_sshd_goes_through_the_agent(serve: Serve, agent: Agent) -> None:
+    async def connect(call: Call, _: p.VmRef) -> None:
+        with agent.connect() as sock:
+            await call.finish(access(), fds=(sock.fileno(),))
+
+    serve(
+        vm__connect=connect,
+        vm__ssh=lambda _: r.SshAccess(
+            vm=VM, sshd=False, address="", port=22, key="", known_hosts=""
+        ),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "banger.cli.entry", "vm", "ssh", "web", "--", "echo a  b | tr a c"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdin=subprocess.DEVNULL,
+        capture_output=True, timeout=15,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"c b\n")

@@ -1,0 +1,210 @@
+"""A daemon is killed; the next one adopts what lives and gives back what was left."""
+
+from __future__ import annotations
+
+import pytest
+
+from banger.config.paths import VmPaths
+from banger.host.lease import LeasePlan
+from banger.host.vmm_process import is_alive, kill_vmm
+from banger.vm.cleanup import is_live
+from banger.vm.stop import delete, stop
+from fakes.guest import announce
+from fakes.world import EMPTY, World
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_running_vm_is_adopted_and_not_touched(world: World) -> None:
+    vm = await world.create()
+    before = world.handles(vm)
+    await world.crash()
+    assert world.store.resolve("web") == vm
+    assert world.handles(vm) == before
+    assert is_live(world.ctx, vm)
+    assert (await world.ctx.client(vm).health()).hostname == "web"
+
+
+async def test_end_of_an_adopted_vm_is_noticed(world: World) -> None:
+    vm = await world.create()
+    await world.crash()
+    world.driver.power_off(vm.id)
+    import asyncio
+
+    async with asyncio.timeout(10):
+        while world.store.resolve("web").state == "running":
+            await asyncio.sleep(0.002)
+    assert world.census()["leases"] == []
+
+
+async def test_adopted_vm_stops_in_order(world: World) -> None:
+    vm = await world.create()
+    await world.crash()
+    vm, note = await stop(world.ctx, vm)
+    assert (vm.state, note) == ("stopped", None)
+    assert world.driver.guests[vm.id].asked == ["shutdown"]
+
+
+async def test_vm_that_ended_while_no_daemon_ran_is_stopped_and_says_so(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    await world.ctx.close()
+    await kill_vmm(process, None)
+    await world.crash()
+    vm = world.store.resolve("web")
+    assert vm.state == "stopped"
+    assert vm.last_error == "the machine ended while no daemon was running"
+    assert {k for k, rows in world.census().items() if rows} == {
+        "rows", "directories", "known_hosts",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["driver.start"])
+async def test_create_that_died_half_way_is_rolled_back(world: World, point: str) -> None:
+    reached = world.faults.hang(point)
+    world.leave(world.create())
+    await reached.wait()
+    (handles,) = world.census()["handles"]
+    assert len(world.census()["processes"]) == 1
+    await world.crash()
+    assert world.census() == EMPTY, handles
+
+
+async def test_start_that_died_half_way_leaves_the_vm_stopped_with_its_disks(world: World) -> None:
+    vm = await world.create()
+    vm, _ = await stop(world.ctx, vm)
+    reached = world.faults.hang("driver.start")
+    world.leave(world.start(vm))
+    await reached.wait()
+    await world.crash()
+    assert world.store.resolve("web").state == "stopped"
+    assert world.paths.vm(vm.id).work.exists()
+    census = world.census()
+    assert [census[k] for k in ("leases", "processes", "sockets", "handles")] == [[], [], [], []]
+    assert (await world.start(vm)).state == "running"
+
+
+async def test_lease_that_was_made_before_its_handles_is_released(world: World) -> None:
+    reached = world.faults.hang("host.prepare.reply")
+    world.leave(world.create())
+    await reached.wait()
+    assert len(world.census()["leases"]) == 1
+    await world.crash()
+    assert world.census()["leases"] == []
+
+
+async def test_damaged_handles_do_not_hide_the_lease_and_its_machine(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.paths.vm(vm.id).handles.write_bytes(b'{"vmm":"fire')
+    await world.crash()
+    assert world.store.resolve("web").state == "stopped"
+    assert world.census()["leases"] == []
+    # The lease's cgroup knew it.
+    assert not is_alive(process)
+    assert (await world.start(vm)).state == "running"
+
+
+async def test_missing_handles_are_as_damaged_ones(world: World) -> None:
+    vm = await world.create()
+    world.paths.vm(vm.id).handles.unlink()
+    await world.crash()
+    assert world.store.resolve("web").state == "stopped"
+    assert world.census()["processes"] == []
+
+
+async def test_directory_without_a_row_is_removed_with_what_it_holds(world: World) -> None:
+    vm = await world.create()
+    world.store.delete(vm.id)
+    await world.crash()
+    census = world.census()
+    census.pop("known_hosts")
+    assert {kind: rows for kind, rows in census.items() if rows} == {}
+
+
+async def test_directory_whose_machine_cannot_be_given_back_waits_for_the_next_daemon(
+    world: World,
+) -> None:
+    vm = await world.create()
+    world.store.delete(vm.id)
+    world.faults.fail("host.release", times=2)
+    await world.crash()
+    assert world.census()["handles"] == [vm.id]
+    await world.crash()
+    assert world.census()["directories"] == []
+    assert world.census()["leases"] == []
+
+
+async def test_what_is_not_ours_in_the_directory_of_vms_stays(world: World) -> None:
+    (world.paths.vms / "notes").mkdir()
+    (world.paths.vms / "a").touch()
+    await world.crash()
+    assert world.census()["directories"] == ["a", "notes"]
+
+
+async def test_lease_without_a_row_is_released(world: World) -> None:
+    await world.host.prepare(
+        LeasePlan(
+            vm_id="e" * 32, bridge_name="br-fc", bridge_address="172.16.0.1", bridge_prefix=24,
+            guest_address="172.16.0.9", isolate=True, announce_port=7001,
+        )
+    )  # fmt: skip
+    await world.crash()
+    assert world.census() == EMPTY
+
+
+async def test_helper_that_does_not_answer_keeps_no_daemon_from_starting(world: World) -> None:
+    vm = await world.create()
+    world.faults.fail("host.status")
+    await world.crash()
+    assert is_live(world.ctx, vm)
+
+
+async def test_cleanup_that_fails_at_start_is_shown_and_repeated_by_delete(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    await world.ctx.close()
+    await kill_vmm(process, None)
+    world.faults.fail("host.release", times=2)
+    await world.crash()
+    vm = world.store.resolve("web")
+    assert vm.state == "error"
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
+
+
+async def test_process_that_took_over_the_pid_is_not_mistaken_for_the_machine(
+    world: World,
+) -> None:
+    vm = await world.create()
+    paths: VmPaths = world.paths.vm(vm.id)
+    process = world.handles(vm).process
+    assert process is not None
+    await world.ctx.close()
+    old = str(process.start_time).encode()
+    paths.handles.write_bytes(
+        paths.handles.read_bytes().replace(old, str(process.start_time - 1).encode())
+    )
+    # With another cgroup the stranger is nobody's business.
+    world.host.leases.clear()
+    (world.root / "cgroups" / vm.id / "cgroup.procs").write_text("")
+    await world.crash()
+    assert world.store.resolve("web").state == "stopped"
+    assert is_alive(process)
+
+
+async def test_announcement_is_believed_only_with_the_token_of_an_expected_vm(
+    world: World,
+) -> None:
+    socket = world.root / "announce.sock"
+    announcements = world.ctx.announcements
+    with announcements.listen_unix(socket), announcements.expect("a" * 32, "secret") as future:
+        assert not await announce(socket, vm_id="a" * 32, token="wrong")
+        assert not await announce(socket, vm_id="b" * 32, token="secret")
+        assert not await announce(socket, vm_id="a" * 32, token="secret", protocol=2)
+        assert not future.done()
+        assert await announce(socket, vm_id="a" * 32, token="secret")
+        assert (await future).vm_id == "a" * 32
