@@ -115,7 +115,7 @@ def import_repository(ground: Ground, vm: str, runs: int) -> list[Figure]:
         Figure(
             key="import",
             title="import of 10,000 files, 50 MB",
-            against="tar | ssh tar",
+            against="tar piped into ssh tar",
             unit="s",
             aim=0.7,
             ours=a,

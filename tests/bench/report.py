@@ -89,9 +89,9 @@ def table(figures: list[Figure]) -> str:
                 (
                     f.title,
                     "",
-                    f"{f.value:.1f} {f.unit}",
+                    f"{f.value:.2f} {f.unit}",
                     "",
-                    f"{f.value:.1f} {f.unit}",
+                    f"{f.value:.2f} {f.unit}",
                     "",
                     f"{sign} {f.aim:g} {f.unit}",
                     _word(f),

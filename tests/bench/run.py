@@ -45,8 +45,9 @@ def main() -> None:
         try:
             report.say("bench: kernel and image")
             ground.fill()
-            figures = _measure(ground, wanted, runs)
+            # Before the measuring, so that the commit is the one that is measured.
             facts = report.machine_facts(ROOT, ground.json("daemon", "status", "--json"))
+            figures = _measure(ground, wanted, runs)
         finally:
             ground.close()
     kept = report.write(ROOT / "bench" / "results", facts, figures, runs)

@@ -26,7 +26,9 @@ Answer = Callable[..., Any]
 class FakeDaemon:
     """The contract's own parameters and streaming, the test's answers."""
 
-    def __init__(self, socket: Path, answers: dict[str, Answer], *, version: str) -> None:
+    def __init__(
+        self, socket: Path, answers: dict[str, Answer], *, version: str, state: Path | None
+    ) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.socket = socket
         contract = build_methods(None)  # type: ignore[arg-type]  # its handlers are replaced
@@ -42,6 +44,7 @@ class FakeDaemon:
             },
             owner_uid=os.geteuid(),
             version=version,
+            state=state,
         )
 
     def _handler(self, name: str, answer: Answer) -> Callable[[Call, Any], Any]:
@@ -65,10 +68,14 @@ class FakeDaemon:
 
 @contextlib.contextmanager
 def running_daemon(
-    socket: Path, answers: dict[str, Answer], *, version: str = __version__
+    socket: Path,
+    answers: dict[str, Answer],
+    *,
+    version: str = __version__,
+    state: Path | None = None,
 ) -> Iterator[FakeDaemon]:
     """A daemon at `socket` until the block ends. `answers`: method → function of its parameters."""
-    daemon = FakeDaemon(socket, answers, version=version)
+    daemon = FakeDaemon(socket, answers, version=version, state=state)
     loop, ready, ending = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     thread = threading.Thread(
         target=lambda: loop.run_until_complete(daemon.serve(ready, ending)), name="fake daemon"

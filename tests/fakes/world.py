@@ -7,6 +7,7 @@ Everything else outlives it. `census` is what a test compares before and after.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 
+from banger import process
 from banger.api.params import CreateVm
 from banger.api.records import ImageRecord, VmRecord
 from banger.config.paths import Paths
@@ -30,6 +32,7 @@ from banger.image import entries as images
 from banger.kernel import entries as kernels
 from banger.kernel import pull
 from banger.kernel.base_initrd import build_module_members, write_base_initrd
+from banger.process import spawn_detached
 from banger.progress import Silent
 from banger.store.database import open_database
 from banger.store.vms import VmStore
@@ -99,6 +102,8 @@ class World:
         self.driver = FakeDriver(self.faults)
         self.store = VmStore(open_database(self.paths.database))
         self._patch = pytest.MonkeyPatch()
+        self._children: list[int] = []
+        self._patch.setattr(process, "spawn_detached", self._spawn)
         if templates is not None:
             self.paths.templates.mkdir(mode=0o700)
             for template in templates.iterdir():
@@ -107,6 +112,10 @@ class World:
         self.ctx = self.new_context()
         self._old: list[VmContext] = []
         self._left: set[asyncio.Task[Any]] = set()
+
+    def _spawn(self, *args: Any, **options: Any) -> int:
+        self._children.append(spawn_detached(*args, **options))
+        return self._children[-1]
 
     def _make_image(self) -> ImageRecord:
         agent = self.root / "agent"
@@ -226,6 +235,10 @@ class World:
         await self.driver.close()
         for pid in processes_below(self.root):
             os.kill(pid, 9)
+        for pid in self._children:
+            # Most were reaped by those who waited for them.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         self.store.close()
         self._patch.undo()
         shutil.rmtree(self.root)

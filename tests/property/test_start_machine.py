@@ -48,7 +48,8 @@ _BOOTS: tuple[Boot, ...] = ("ready", "ready", "dies", "dies_early")
 _NAMES = st.sampled_from(["ant", "bee", "cat", "dog", "eel", "fox"])
 
 # A point fails after so many passes; the last two rows make a rollback fail, too.
-faults = st.one_of(
+Ordered = list[tuple[str, int]]
+faults: st.SearchStrategy[Ordered] = st.one_of(
     st.just([]),
     st.lists(st.tuples(st.sampled_from(_POINTS), st.integers(0, 2)), max_size=2),
     st.just([("driver.start", 0), ("host.release", 1)]),
@@ -75,7 +76,7 @@ class Lives(RuleBasedStateMachine):
     def begin(self) -> None:
         assert self.world.census() == EMPTY
 
-    def _order(self, ordered: list[tuple[str, int]]) -> None:
+    def _order(self, ordered: Ordered) -> None:
         for point, after in ordered:
             self.world.faults.fail(point, after=after)
 
@@ -96,7 +97,7 @@ class Lives(RuleBasedStateMachine):
     @rule(
         target=vms, name=_NAMES, begin=st.booleans(), boot=st.sampled_from(_BOOTS), ordered=faults
     )
-    def create(self, name: str, begin: bool, boot: Boot, ordered: list[tuple[str, int]]) -> Any:
+    def create(self, name: str, begin: bool, boot: Boot, ordered: Ordered) -> Any:
         before = {vm.id for vm in self.world.store.list()}
         self.world.driver.boots.append(boot)
         self._order(ordered)
@@ -108,7 +109,7 @@ class Lives(RuleBasedStateMachine):
         return multiple(*(vm.id for vm in new))
 
     @rule(vm_id=vms, boot=st.sampled_from(_BOOTS), ordered=faults)
-    def start(self, vm_id: str, boot: Boot, ordered: list[tuple[str, int]]) -> None:
+    def start(self, vm_id: str, boot: Boot, ordered: Ordered) -> None:
         if (vm := self._find(vm_id)) is None:
             return
         self.world.driver.boots.append(boot)
@@ -122,7 +123,7 @@ class Lives(RuleBasedStateMachine):
             pytest.fail("a start that nothing hindered did not start")
 
     @rule(vm_id=vms, ordered=faults, absent=st.booleans())
-    def stop(self, vm_id: str, ordered: list[tuple[str, int]], absent: bool) -> None:
+    def stop(self, vm_id: str, ordered: Ordered, absent: bool) -> None:
         if (vm := self._find(vm_id)) is None:
             return
         if (guest := self.world.driver.guests.get(vm_id)) is not None:
@@ -133,14 +134,14 @@ class Lives(RuleBasedStateMachine):
         assert done[0].state in ("stopped", "error", "created")
 
     @rule(vm_id=vms, ordered=faults, name=st.sampled_from(["KILL", "TERM"]))
-    def kill(self, vm_id: str, ordered: list[tuple[str, int]], name: str) -> None:
+    def kill(self, vm_id: str, ordered: Ordered, name: str) -> None:
         if (vm := self._find(vm_id)) is None:
             return
         self._order(ordered)
         assert self._do(kill(self.world.ctx, vm, name)) is not None
 
     @rule(vm_id=consumes(vms), ordered=faults, kill_it=st.booleans())
-    def delete(self, vm_id: str, ordered: list[tuple[str, int]], kill_it: bool) -> None:
+    def delete(self, vm_id: str, ordered: Ordered, kill_it: bool) -> None:
         if (vm := self._find(vm_id)) is None:
             return
         self._order(ordered)
@@ -165,7 +166,7 @@ class Lives(RuleBasedStateMachine):
         self._do(noticed())
 
     @rule(ordered=faults)
-    def crash(self, ordered: list[tuple[str, int]]) -> None:
+    def crash(self, ordered: Ordered) -> None:
         """The daemon is killed between two operations."""
         self._order(ordered)
         self._do(self.world.crash())
@@ -240,7 +241,7 @@ def test_whatever_happens_rows_leases_and_machines_agree() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bt"))
     try:
         Lives.templates = make_templates(directory)
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Lives,
             settings=settings(
                 max_examples=40,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -61,13 +64,12 @@ Serve = Callable[..., FakeDaemon]
 @pytest.fixture
 def serve(cli: CommandLine) -> Iterator[Serve]:
     """Start a daemon where the command line looks for it."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         yield lambda **answers: stack.enter_context(
             running_daemon(
                 cli.paths.daemon_socket,
                 {name.replace("__", "."): answer for name, answer in answers.items()},
+                state=cli.paths.state,
             )
         )
 
@@ -110,18 +112,16 @@ def test_ports_say_what_only_the_guest_reaches(cli: CommandLine, serve: Serve) -
     assert "only inside the guest (127.0.0.1)" in lines[2]
 
 
-def test_logs_are_bytes_as_they_come(cli: CommandLine, serve: Serve, capfdbinary: Any) -> None:
+def test_logs_are_bytes_as_they_come(serve: Serve) -> None:
     async def logs(call: Call, _: p.VmLogs) -> None:
         await call.data(b"one\n")
         await call.data(b"\xff two\n")
 
     serve(vm__logs=logs)
-    import banger.cli.vm_look as module
-
     # The whole program, because it writes past Python's text layer.
     done = subprocess.run(
         [sys.executable, "-m", "banger.cli.entry", "vm", "logs", "web"],
-        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True, timeout=15,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"one\n\xff two\n", b"")
@@ -216,7 +216,10 @@ def test_start_shows_stages_for_one_vm(cli: CommandLine, serve: Serve) -> None:
     assert cli("vm", "start", "-q", "web").err == ""
 
 
-def test_prune_asks_before_it_deletes(cli: CommandLine, serve: Serve) -> None:
+def test_prune_asks_before_it_deletes(
+    cli: CommandLine, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     idle = named("old", state="stopped")
     daemon = serve(vm__list=lambda _: [VM, idle], vm__delete=lambda _: r.Deleted(name="old"))
     done = cli("vm", "prune")
@@ -264,23 +267,15 @@ def test_dry_run_prints_the_files_and_makes_nothing(
 
 def test_detached_run_says_what_to_type_next(cli: CommandLine, serve: Serve) -> None:
     async def run(call: Call, _: p.RunVm) -> None:
-        a, b = os.pipe()
-        await call.finish(r.RunResult(vm=VM, access=access()), fds=(_socket(),))
-        os.close(a)
-        os.close(b)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            await call.finish(r.RunResult(vm=VM, access=access()), fds=(theirs.fileno(),))
 
     serve(vm__run=run)
     done = cli("vm", "run", "-d", "-q")
     assert done.status == 0
     assert done.out.splitlines()[0] == "web"
     assert "  banger vm ssh web" in done.out.splitlines()
-
-
-def _socket() -> int:
-    import socket
-
-    a, _ = socket.socketpair()
-    return a.detach()
 
 
 # --- running a command in a guest -----------------------------------------------------------------

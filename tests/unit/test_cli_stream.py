@@ -22,26 +22,18 @@ from fakes.agent import Agent, running_agent
 Run = Callable[..., tuple[int, bytes, bytes]]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Agent]:
-    """An agent for the tests that leave it alive."""
-    with running_agent() as agent:
-        yield agent
-
-
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    """An agent that the test may kill."""
     with running_agent() as agent:
         yield agent
 
 
 @pytest.fixture
-def run(shared: Agent) -> Run:
+def run(agent: Agent) -> Run:
     def run(*argv: str, stdin: bytes | None = None, **options: object) -> tuple[int, bytes, bytes]:
         if stdin is not None:
             options["stdin"] = subprocess.PIPE
-        p = shared.run(*argv, **options)
+        p = agent.run(*argv, **options)
         out, err = p.communicate(stdin, timeout=15)
         return p.returncode, out, err
 
@@ -102,9 +94,9 @@ def test_stdin_that_the_command_does_not_read_does_not_hold_it_up(run: Run) -> N
     assert run("true", stdin=b"x" * (1 << 20))[0] == 0
 
 
-def test_fifty_megabytes_arrive_whole(shared: Agent) -> None:
+def test_fifty_megabytes_arrive_whole(agent: Agent) -> None:
     size = 50 << 20
-    p = shared.run("head", "-c", str(size), "/dev/zero")
+    p = agent.run("head", "-c", str(size), "/dev/zero")
     assert p.stdout is not None
     digest, count = hashlib.sha256(), 0
     while chunk := p.stdout.read(1 << 20):
@@ -115,11 +107,11 @@ def test_fifty_megabytes_arrive_whole(shared: Agent) -> None:
     assert digest.hexdigest() == hashlib.sha256(bytes(size)).hexdigest()
 
 
-def test_slow_reader_stops_the_writer_and_loses_nothing(shared: Agent, tmp_path: Path) -> None:
+def test_slow_reader_stops_the_writer_and_loses_nothing(agent: Agent, tmp_path: Path) -> None:
     """The command writes 64 MiB and notes how far it is; nobody reads at first."""
     size, noted = 64 << 20, tmp_path / "written"
     script = f"for i in $(seq 64); do head -c {1 << 20} /dev/zero; echo -n x >> {noted}; done"
-    p = shared.run("sh", "-c", script)
+    p = agent.run("sh", "-c", script)
     assert p.stdout is not None
 
     def written() -> int:
@@ -131,13 +123,16 @@ def test_slow_reader_stops_the_writer_and_loses_nothing(shared: Agent, tmp_path:
         before = written()
         time.sleep(0.2)
     assert before < 16
-    assert sum(len(chunk) for chunk in iter(lambda: p.stdout.read(1 << 20), b"")) == size  # type: ignore[union-attr]  # a pipe
+    received = 0
+    while chunk := p.stdout.read(1 << 20):
+        received += len(chunk)
+    assert received == size
     p.communicate(timeout=10)
     assert p.returncode == 0
 
 
-def test_reader_that_has_gone_ends_the_command(shared: Agent, tmp_path: Path) -> None:
-    p = shared.run("sh", "-c", f"yes; echo $? > {tmp_path}/after")
+def test_reader_that_has_gone_ends_the_command(agent: Agent, tmp_path: Path) -> None:
+    p = agent.run("sh", "-c", f"yes; echo $? > {tmp_path}/after")
     assert p.stdout is not None
     p.stdout.read(1000)
     p.stdout.close()
@@ -148,11 +143,11 @@ def test_reader_that_has_gone_ends_the_command(shared: Agent, tmp_path: Path) ->
     p.stderr.close()
 
 
-def test_flags_of_a_shared_pipe_stay_as_they_were(shared: Agent) -> None:
+def test_flags_of_a_shared_pipe_stay_as_they_were(agent: Agent) -> None:
     """The pipe's other users (a shell's `{ banger …; other; } | less`) rely on them."""
     read, write = os.pipe()
     flags = fcntl.fcntl(write, fcntl.F_GETFL)
-    p = shared.run("sh", "-c", "echo hello; sleep 0.05; echo again", stdout=write)
+    p = agent.run("sh", "-c", "echo hello; sleep 0.05; echo again", stdout=write)
     p.communicate(timeout=10)
     assert fcntl.fcntl(write, fcntl.F_GETFL) == flags
     assert os.read(read, 100) == b"hello\nagain\n"
@@ -161,8 +156,8 @@ def test_flags_of_a_shared_pipe_stay_as_they_were(shared: Agent) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_signal_to_us_is_one_to_the_command(shared: Agent, number: signal.Signals) -> None:
-    p = shared.run("sh", "-c", "ulimit -c 0; echo ready; exec sleep 60")
+def test_signal_to_us_is_one_to_the_command(agent: Agent, number: signal.Signals) -> None:
+    p = agent.run("sh", "-c", "ulimit -c 0; echo ready; exec sleep 60")
     assert p.stdout is not None
     assert p.stdout.readline() == b"ready\n"
     p.send_signal(number)
@@ -170,8 +165,8 @@ def test_signal_to_us_is_one_to_the_command(shared: Agent, number: signal.Signal
     assert p.returncode == 128 + number
 
 
-def test_command_may_handle_the_signal_itself(shared: Agent) -> None:
-    p = shared.run("sh", "-c", "trap 'echo cleaned up; exit 7' TERM; echo ready; read x", stdin=-1)
+def test_command_may_handle_the_signal_itself(agent: Agent) -> None:
+    p = agent.run("sh", "-c", "trap 'echo cleaned up; exit 7' TERM; echo ready; read x", stdin=-1)
     assert p.stdout is not None
     assert p.stdout.readline() == b"ready\n"
     p.send_signal(signal.SIGTERM)
@@ -179,8 +174,8 @@ def test_command_may_handle_the_signal_itself(shared: Agent) -> None:
     assert (p.returncode, out) == (7, b"cleaned up\n")
 
 
-def test_third_interrupt_gives_up_on_a_command_that_ignores_them(shared: Agent) -> None:
-    p = shared.run("sh", "-c", "trap 'echo heard' INT; echo ready; while :; do sleep 0.01; done")
+def test_third_interrupt_gives_up_on_a_command_that_ignores_them(agent: Agent) -> None:
+    p = agent.run("sh", "-c", "trap 'echo heard' INT; echo ready; while :; do sleep 0.01; done")
     assert p.stdout is not None
     for line in (b"ready\n", b"heard\n", b"heard\n"):
         assert p.stdout.readline() == line
@@ -199,9 +194,9 @@ def test_agent_that_dies_is_told_from_a_command_that_ends(agent: Agent) -> None:
     assert err.startswith(b"connection_lost operation_failed: ")
 
 
-def test_end_of_the_machine_is_noticed_though_the_connection_stays_silent(shared: Agent) -> None:
+def test_end_of_the_machine_is_noticed_though_the_connection_stays_silent(agent: Agent) -> None:
     machine = subprocess.Popen(["sleep", "60"])
-    p = shared.run("sh", "-c", "echo ready; sleep 60", machine_pid=machine.pid)
+    p = agent.run("sh", "-c", "echo ready; sleep 60", machine_pid=machine.pid)
     assert p.stdout is not None
     p.stdout.readline()
     machine.kill()

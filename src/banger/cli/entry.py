@@ -6,8 +6,12 @@ A guest command's own status passes through; everything else that fails is 1, wr
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+
+# Imports make many objects and no garbage; collecting among them costs a fifth of a short command.
+_GC_THRESHOLD = 100_000
 
 
 def main() -> None:
@@ -18,7 +22,10 @@ def main() -> None:
 
         sys.stdout.write(version_line() + "\n")
         sys.exit(0)
-    sys.exit(_run(sys.argv[1:]))
+    gc.set_threshold(_GC_THRESHOLD)
+    status = _run(sys.argv[1:])
+    gc.freeze()  # the process ends: nothing is worth a last collection
+    sys.exit(status)
 
 
 def _open_standard_streams() -> None:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from banger.errors import BangerError
 
 
+# The tail of a console is in some messages; more than a screen or two helps nobody.
+_MOST_TEXT = 16_384
+
+
 def color() -> bool:
     """Colour only on a terminal, and never under NO_COLOR (no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
@@ -28,11 +32,16 @@ def show_error(error: BangerError, *, as_json: bool) -> None:
     red, dim, off = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if color() else ("", "", "")
     label = "" if error.code == "operation_failed" else f"{error.code.replace('_', ' ')}: "
     op = f" {dim}({error.op_id}){off}" if error.op_id else ""
-    sys.stderr.write(f"{red}banger:{off} {label}{error.message}{op}\n")
+    sys.stderr.write(f"{red}banger:{off} {label}{_harmless(error.message)}{op}\n")
     for extra in error.also:
-        sys.stderr.write(f"  also: {extra}\n")
+        sys.stderr.write(f"  also: {_harmless(extra)}\n")
     if error.hint:
-        sys.stderr.write(f"hint: {error.hint}\n")
+        sys.stderr.write(f"hint: {_harmless(error.hint)}\n")
+
+
+def _harmless(text: str) -> str:
+    """Text that a guest may have had a part in, without what a terminal would act on."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text[:_MOST_TEXT])
 
 
 def warn(message: str) -> None:

@@ -20,7 +20,7 @@ import termios
 import time
 import tty
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ from banger.rpc.frames import FrameDecoder, FrameType, encode
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
+
+T = TypeVar("T")
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _GIVE_UP_AFTER, _GIVE_UP_WITHIN_S = 3, 2.0
@@ -92,24 +94,37 @@ def run(sock: socket.socket, process: GuestProcess, *, machine: int | None = Non
         BangerError: the agent refused it; connection_lost: its fate is not known here.
     """
     sock.setblocking(True)
-    sock.sendall(msgspec.json.encode(process.request()) + b"\n")
     decoder = FrameDecoder()
-    rest = _read_reply(sock)
+    try:
+        sock.sendall(msgspec.json.encode(process.request()) + b"\n")
+        rest = _read_reply(sock, machine)
+    except OSError as e:
+        raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost") from e
     with _signals(tty_mode=process.tty) as pending, _raw_terminal(enabled=process.tty):
         session = _Session(sock, decoder, pending, rest, machine, tty_mode=process.tty)
         return session.run()
 
 
-def _read_reply(sock: socket.socket) -> bytes:
+def _decoded(document: bytes, kind: type[T]) -> T:
+    """What the agent said, checked: it is the guest's word."""
+    try:
+        return msgspec.json.decode(document, type=kind)
+    except (msgspec.DecodeError, RecursionError) as e:
+        raise BangerError("operation_failed", f"the guest agent's answer is malformed: {e}") from e
+
+
+def _read_reply(sock: socket.socket, machine: int | None) -> bytes:
     """Read the reply line; return what came behind it."""
     buffer = b""
+    watched = [sock.fileno(), *([] if machine is None else [machine])]
     while b"\n" not in buffer:
-        data = sock.recv(_CHUNK)
+        ready = select.select(watched, [], [])[0]
+        data = sock.recv(_CHUNK) if sock.fileno() in ready else b""
         if not data or len(buffer) > (1 << 20):
             raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost")
         buffer += data
     line, _, rest = buffer.partition(b"\n")
-    reply = msgspec.json.decode(line, type=Reply)
+    reply = _decoded(line, Reply)
     if reply.error is not None:
         raise reply.error.exception()
     return rest
@@ -125,9 +140,9 @@ def _raw_terminal(*, enabled: bool) -> Iterator[None]:
         tty.setraw(0)
         yield
     finally:
-        # TCSADRAIN lets the guest's last words out first; it must not stop us on a dead terminal.
+        # At once: waiting for the output to drain would hang on a terminal stopped by Ctrl-S.
         with contextlib.suppress(termios.error):
-            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+            termios.tcsetattr(0, termios.TCSANOW, saved)
 
 
 class _Pending:
@@ -285,9 +300,9 @@ class _Session:
             elif kind is FrameType.CREDIT:
                 self._credit += int.from_bytes(payload[:4], "big")
             elif kind is FrameType.EXIT:
-                self._status = _status_of(msgspec.json.decode(payload))
+                self._status = _status_of(_decoded(payload, dict[str, Any]))
             elif kind is FrameType.ERROR:
-                raise msgspec.json.decode(payload, type=WireError).exception()
+                raise _decoded(payload, WireError).exception()
 
     def _emit(self, output: _Output, payload: bytes) -> None:
         if not output.closed:
@@ -324,6 +339,9 @@ class _Session:
                 if len(self._interrupts) >= _GIVE_UP_AFTER:
                     self._send(FrameType.SIGNAL, b'{"name":"KILL"}')
                     self._status = 130
+                    # A reader that takes nothing must not keep us either.
+                    self._stdout.waiting.clear()
+                    self._stderr.waiting.clear()
                     return
             name = signal.Signals(number).name.removeprefix("SIG")
             self._send(FrameType.SIGNAL, msgspec.json.encode({"name": name}))

@@ -92,9 +92,8 @@ async def ship(
         result, received = await daemon.vms.while_running(
             vm, daemon.vms.client(vm).put(shipment.guest_path, write)
         )
-    except BaseException:
+    finally:
         stopped.set()
-        raise
     if received.files != result.stream_files or received.bytes != result.stream_bytes:
         raise BangerError(
             "operation_failed",

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import os
 import socket
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from banger.api.envelope import PROTOCOL_VERSION, Request
 from banger.errors import BangerError
 from banger.guest.config import ANNOUNCE_PORT
 from banger.rpc.channel import Channel, accept
+from banger.rpc.unix import short_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,11 +96,8 @@ class Announcements:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sock.bind(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.close(directory)
+        with short_path(path) as name:
+            sock.bind(name)
         sock.listen(4)
         task = self._spawn(self._serve(sock))
         try:

@@ -12,7 +12,7 @@ import contextlib
 import io
 import socket
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -35,14 +35,18 @@ _CALL_S = 15.0
 _ITEMS = 4096
 
 
+# What a guest says of itself is printed: short, and no control character.
+_Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+
+
 class Health(Wire, frozen=True, kw_only=True):
-    agent_version: str
+    agent_version: _Text
     protocol: int
-    boot_id: str
+    boot_id: _Text
     uptime_s: float
-    hostname: str
-    init: str
-    init_state: str = ""
+    hostname: _Text
+    init: _Text
+    init_state: _Text = ""
 
 
 class Listener(Wire, frozen=True, kw_only=True):
@@ -59,7 +63,7 @@ class Memory(Wire, frozen=True, kw_only=True):
 
 
 class Filesystem(Wire, frozen=True, kw_only=True):
-    path: str
+    path: _Text
     total_bytes: int
     free_bytes: int
 

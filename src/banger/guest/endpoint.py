@@ -6,12 +6,12 @@ An endpoint is a value: it is kept in a VM's handles and survives the daemon.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from pathlib import Path
 
 from banger.api.base import Wire
 from banger.errors import BangerError
+from banger.rpc.unix import short_path
 
 _HANDSHAKE_LIMIT = 64
 _GONE_MS = 120_000
@@ -79,11 +79,8 @@ async def connect(endpoint: Endpoint, *, timeout_s: float) -> socket.socket:
 
 async def _connect_vsock(sock: socket.socket, path: Path, port: int) -> None:
     loop = asyncio.get_running_loop()
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:  # a short name, because sun_path holds 108 bytes
-        await loop.sock_connect(sock, f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
+    with short_path(path) as name:
+        await loop.sock_connect(sock, name)
     await loop.sock_sendall(sock, b"CONNECT %d\n" % port)
     # Byte by byte: what follows the line belongs to the agent's protocol.
     answer = b""

@@ -14,6 +14,7 @@ from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.errors import BangerError
 from banger.rpc.blocking import BlockingChannel
 from banger.rpc.frames import FrameType
+from banger.rpc.unix import short_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +41,8 @@ def connect(path: Path, *, timeout_s: float | None = None) -> BlockingChannel:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout_s)
     try:
-        # /proc/self/fd keeps the name below the 108 bytes of sun_path, however deep it lies.
-        with _directory(path.parent) as prefix:
-            sock.connect(f"{prefix}/{path.name}")
+        with short_path(path) as name:
+            sock.connect(name)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as e:
         sock.close()
         raise DaemonAbsent("not_found", "the daemon is not running") from e
@@ -53,17 +53,6 @@ def connect(path: Path, *, timeout_s: float | None = None) -> BlockingChannel:
             f"connecting to the daemon at {path}: {e.strerror or e}",
         ) from e
     return BlockingChannel(sock)
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Any:
-    import os
-
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
 
 
 def _lost(method: str) -> BangerError:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import os
 import secrets
 import socket
 import struct
@@ -25,6 +24,7 @@ from banger.errors import BangerError
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
+from banger.rpc.unix import short_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,11 +160,8 @@ class Server:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
-        fd = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sock.bind(f"/proc/self/fd/{fd}/{self.path.name}")
-        finally:
-            os.close(fd)
+        with short_path(self.path) as name:
+            sock.bind(name)
         sock.listen(_BACKLOG)
         self._socket = sock
 

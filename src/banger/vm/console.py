@@ -16,13 +16,14 @@ _ESCAPES = re.compile(
     rb"|\x1b[@-_]"
     rb"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]"
 )
+# U+0080 to U+009F in UTF-8: CSI and OSC as one character, which some terminals obey.
+_C1 = re.compile(rb"\xc2+[\x80-\x9f]+")
 
 
 def clean(data: bytes) -> bytes:
     """Console bytes without control sequences, with plain newlines."""
-    return _ESCAPES.sub(b"", data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")).replace(
-        b"\x1b", b""
-    )
+    plain = _ESCAPES.sub(b"", data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    return _C1.sub(b"", plain.replace(b"\x1b", b""))
 
 
 def tail(path: Path, lines: int, *, start: int = 0) -> list[str]:
@@ -36,7 +37,8 @@ def tail(path: Path, lines: int, *, start: int = 0) -> list[str]:
     except FileNotFoundError:
         return []
     text = clean(data).decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()][-lines:]
+    kept = [line for line in text.splitlines() if line.strip()]
+    return kept[-lines:] if lines else []
 
 
 def last_line(path: Path, *, start: int = 0) -> str:

@@ -120,7 +120,8 @@ def _read_from(path: Path, position: int) -> tuple[bytes, int]:
     try:
         with path.open("rb") as f:
             f.seek(position)
-            data = f.read(_CHUNK)
+            # Not half a character, which would escape the cleaning of either half.
+            data = f.read(_CHUNK).rstrip(b"\xc2")
             return data, position + len(data)
     except FileNotFoundError:
         return b"", position

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 # An agent that does not even take a connection is not asked twice (spec 4.6).
 _CONNECT_S = 2.0
+# What the agent accepts, and what it needs after it to kill, sync and remount read-only.
+_MOST_GRACE_S = 3600.0
+_AGENT_S = 5.0
 _SIGNALS = frozenset({"TERM", "KILL", "INT", "HUP", "QUIT", "USR1", "USR2", "ABRT"})
 
 
@@ -48,7 +51,9 @@ async def stop(
             if vm.state in ("created", "stopped") and handles_of(ctx, vm.id) is None:
                 return vm, f"VM {vm.name} was not running"
             return await reset(ctx, vm, last_error=vm.last_error), None
-        note = await _end_gracefully(ctx, vm, timeout_s or ctx.settings.stop_timeout_s)
+        note = await _end_gracefully(
+            ctx, vm, ctx.settings.stop_timeout_s if timeout_s is None else timeout_s
+        )
         return await reset(ctx, vm, last_error=None), note
 
 
@@ -58,13 +63,15 @@ async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str |
     ctx.unwatch(vm.id)  # this end is expected
     if (await ctx.driver()).capabilities.emulated:
         grace_s *= 3
+    grace_s = min(grace_s, _MOST_GRACE_S)
     try:
         await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
     except BangerError as e:
         log.warning("VM %s: the agent did not take the shutdown: %s", vm.name, e)
         return f"the agent of VM {vm.name} did not answer; it was killed, unsynced data may be lost"
     try:
-        async with asyncio.timeout(grace_s):
+        # Beyond the grace the agent ends everything itself, syncs, and reboots: that is its time.
+        async with asyncio.timeout(grace_s + _AGENT_S):
             await wait_exit(handles.process)
     except TimeoutError:
         return f"VM {vm.name} did not end within {grace_s:g} s and was killed"
