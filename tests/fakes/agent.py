@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +26,12 @@ from banger.errors import BangerError
 ROOT = Path(__file__).parents[2]
 TOKEN = "a" * 64
 VM_ID = "a" * 32
+# Says that it is ready, and ends by any signal. A shell would not do: a signal that comes just
+# before it starts its next program is lost, there as on every terminal.
+WAITING = (
+    sys.executable, "-I", "-S", "-c",
+    "import time; print('ready', flush=True); time.sleep(60)",
+)  # fmt: skip
 
 
 def find_agent() -> Path:
@@ -82,8 +90,13 @@ class Agent:
         )  # fmt: skip
 
     def close(self) -> None:
+        """Kill it as a machine's end would: at once, with the commands that it runs."""
         self.process.kill()
         self.process.wait()
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -75,8 +76,14 @@ class FakeHost:
         for word in (cgroup / "cgroup.procs").read_text().split():
             # A real cgroup forgets the dead; this one must not kill whoever has the number now.
             with contextlib.suppress(OSError):
-                if Path(os.readlink(f"/proc/{word}/cwd")).is_relative_to(self._cgroups.parent):
-                    os.kill(int(word), signal.SIGKILL)
+                fd = os.pidfd_open(int(word))
+                try:
+                    where = Path(os.readlink(f"/proc/{word}/cwd"))
+                    if where.is_relative_to(self._cgroups.parent):
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                        select.select([fd], [], [], 10)
+                finally:
+                    os.close(fd)
         remove_tree(cgroup)
 
     async def sweep(self, *, op_id: str = "") -> tuple[LeaseId, ...]:

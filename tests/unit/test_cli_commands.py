@@ -23,7 +23,7 @@ from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.process import read_stat
 from banger.rpc.server import Call
-from fakes.agent import ROOT, TOKEN, Agent, running_agent
+from fakes.agent import ROOT, TOKEN, WAITING, Agent, running_agent
 from fakes.command_line import CommandLine
 from fakes.daemon import FakeDaemon, running_daemon
 
@@ -374,7 +374,7 @@ def test_run_with_rm_deletes_the_vm_whatever_the_command_says(banger: Banger) ->
 
 
 def test_run_with_rm_deletes_the_vm_after_an_interrupt(banger: Banger) -> None:
-    process = banger.popen("vm", "run", "-q", "--rm", "--", "sh", "-c", "echo ready; sleep 60")
+    process = banger.popen("vm", "run", "-q", "--rm", "--", *WAITING)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
@@ -384,7 +384,7 @@ def test_run_with_rm_deletes_the_vm_after_an_interrupt(banger: Banger) -> None:
 
 
 def test_machine_that_ends_under_its_command_is_named(banger: Banger) -> None:
-    process = banger.popen("vm", "exec", "web", "--", "sh", "-c", "echo ready; sleep 60")
+    process = banger.popen("vm", "exec", "web", "--", *WAITING)
     assert process.stdout is not None
     process.stdout.readline()
     banger.machine.kill()
@@ -395,7 +395,7 @@ def test_machine_that_ends_under_its_command_is_named(banger: Banger) -> None:
 
 
 def test_agent_that_ends_alone_leaves_the_command_unknown(banger: Banger, agent: Agent) -> None:
-    process = banger.popen("vm", "exec", "web", "--", "sh", "-c", "echo ready; sleep 60")
+    process = banger.popen("vm", "exec", "web", "--", *WAITING)
     assert process.stdout is not None
     process.stdout.readline()
     agent.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.agent import Agent, running_agent
+from fakes.agent import WAITING, Agent, running_agent
 
 # (status, stdout, stderr)
 Run = Callable[..., tuple[int, bytes, bytes]]
@@ -157,7 +157,7 @@ def test_flags_of_a_shared_pipe_stay_as_they_were(agent: Agent) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signal_to_us_is_one_to_the_command(agent: Agent, number: signal.Signals) -> None:
-    p = agent.run("sh", "-c", "ulimit -c 0; echo ready; exec sleep 60")
+    p = agent.run(*WAITING)
     assert p.stdout is not None
     assert p.stdout.readline() == b"ready\n"
     p.send_signal(number)
@@ -185,7 +185,7 @@ def test_third_interrupt_gives_up_on_a_command_that_ignores_them(agent: Agent) -
 
 
 def test_agent_that_dies_is_told_from_a_command_that_ends(agent: Agent) -> None:
-    p = agent.run("sh", "-c", "echo ready; sleep 60")
+    p = agent.run(*WAITING)
     assert p.stdout is not None
     p.stdout.readline()
     agent.close()
@@ -196,7 +196,7 @@ def test_agent_that_dies_is_told_from_a_command_that_ends(agent: Agent) -> None:
 
 def test_end_of_the_machine_is_noticed_though_the_connection_stays_silent(agent: Agent) -> None:
     machine = subprocess.Popen(["sleep", "60"])
-    p = agent.run("sh", "-c", "echo ready; sleep 60", machine_pid=machine.pid)
+    p = agent.run(*WAITING, machine_pid=machine.pid)
     assert p.stdout is not None
     p.stdout.readline()
     machine.kill()
@@ -318,7 +318,7 @@ def test_ctrl_c_is_the_guests_to_interpret(terminal: Callable[..., Terminal]) ->
 def test_terminal_is_restored_after_a_signal_to_us(
     terminal: Callable[..., Terminal], number: signal.Signals
 ) -> None:
-    t = terminal("sh", "-c", "echo ready; exec sleep 60")
+    t = terminal(*WAITING)
     t.expect(b"ready")
     t.process.send_signal(number)
     assert t.end() == 128 + number
@@ -327,7 +327,7 @@ def test_terminal_is_restored_after_a_signal_to_us(
 def test_terminal_is_restored_when_the_agent_is_killed(
     terminal: Callable[..., Terminal], agent: Agent
 ) -> None:
-    t = terminal("sh", "-c", "echo ready; sleep 60")
+    t = terminal(*WAITING)
     t.expect(b"ready")
     assert t.is_raw()
     agent.close()

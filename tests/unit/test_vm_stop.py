@@ -72,7 +72,10 @@ async def test_guest_that_refuses_to_stop_is_killed(world: World) -> None:
     only_its_own(world, vm)
 
 
-async def test_guest_that_does_not_end_is_killed_after_its_time(world: World) -> None:
+async def test_guest_that_does_not_end_is_killed_after_its_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.vm.stop._AGENT_S", 0.1)
     vm = await world.create()
     world.driver.guests[vm.id].shutdown = "ignores"
     vm, note = await stop(world.ctx, vm, timeout_s=0.1)
