@@ -71,8 +71,9 @@ class FakeDriver:
         )
         if earlier := self.guests.get(vm_id):
             await earlier.end()
-        self.guests[vm_id] = guest
         await guest.listen()
+        # Last, because tests wait for it: who is known here listens.
+        self.guests[vm_id] = guest
         match boot:
             case "ready":
                 self._spawn(guest.announce())
