@@ -60,15 +60,25 @@ async def test_vm_that_ended_while_no_daemon_ran_is_stopped_and_says_so(world: W
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("point", ["driver.start"])
+@pytest.mark.parametrize("point", ["driver.start", "host.prepare.reply"])
 async def test_create_that_died_half_way_is_rolled_back(world: World, point: str) -> None:
     reached = world.faults.hang(point)
     world.leave(world.create())
     await reached.wait()
-    (handles,) = world.census()["handles"]
-    assert len(world.census()["processes"]) == 1
+    assert len(world.census()["rows"]) == 1
     await world.crash()
-    assert world.census() == EMPTY, handles
+    assert world.census() == EMPTY
+
+
+async def test_vm_that_was_only_created_outlives_a_first_start_that_died(world: World) -> None:
+    vm = await world.create(start=False)
+    reached = world.faults.hang("driver.start")
+    world.leave(world.start(vm))
+    await reached.wait()
+    await world.crash()
+    assert world.store.resolve("web").state == "created"
+    assert world.census()["leases"] == []
+    assert (await world.start(vm)).state == "running"
 
 
 async def test_start_that_died_half_way_leaves_the_vm_stopped_with_its_disks(world: World) -> None:

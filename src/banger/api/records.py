@@ -47,6 +47,8 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     ephemeral: bool = False
     """Deleted when the command that made it ends (`vm run --rm`)."""
     owner: OwnerProcess | None = None
+    provisional: bool = False
+    """Its create has not been answered yet: a daemon that finds it so removes it."""
     vmm: VmmName | None = None
     boot_id: str | None = None
     workspace: Workspace | None = None

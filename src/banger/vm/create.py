@@ -109,6 +109,7 @@ async def create(
             network=ctx.network,
             ephemeral=owner is not None,
             owner=owner,
+            provisional=True,
             created_at=now,
             updated_at=now,
             touched_at=now,
@@ -134,7 +135,7 @@ async def create(
                 ),
             )
             if not params.start:
-                return vm
+                return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
             now = ctx.store.find(vm.id)

@@ -43,13 +43,13 @@ async def _reconcile_one(ctx: VmContext, vm: VmRecord) -> None:
     elif vm.state == "running":
         log.warning("VM %s ended while no daemon ran", vm.name)
         await reset(ctx, vm, last_error="the machine ended while no daemon was running")
-    elif handles is not None:
-        # A start that died half-way: nobody was told that it runs.
+    elif vm.provisional or handles is not None:
+        # A start or a create that died half-way: nobody was told of it.
         log.warning("VM %s: an unfinished start is rolled back", vm.name)
         failures = await release_everything(ctx, vm.id, handles)
         if failures:
             ctx.store.update(vm.id, state="error", last_error="; ".join(failures))
-        elif vm.state == "created":
+        elif vm.provisional:
             forget_vm(ctx, vm)
 
 

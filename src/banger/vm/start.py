@@ -276,6 +276,7 @@ def _publish(
     record = ctx.store.update(
         vm.id,
         state="running",
+        provisional=False,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
         last_error=None if announcement else "the guest agent did not announce itself in time",
