@@ -34,9 +34,9 @@ from banger.vm.plan import StartPlan, build_start_plan
 from banger.vmm.driver import Driver, remove_stale_sockets
 from banger.vmm.firecracker import FirecrackerDriver, build_documents, make_links
 from banger.vmm.probe import choose_driver, probe
-from tests.bench.ground import ADDRESS, KERNEL, PYTHON, Ground
+from tests.bench.ground import ADDRESS, PYTHON, Ground
 from tests.bench.measure import timed
-from tests.boot.installation import IMAGE
+from tests.boot.installation import IMAGE, KERNEL
 
 # Not the daemon's port, which listens on the same address.
 _ANNOUNCE_PORT = 7002

@@ -11,12 +11,11 @@ from banger.api.results import SshAccess
 from banger.config.paths import Paths
 from banger.rpc import client
 from tests.bench.measure import timed
-from tests.boot.installation import IMAGE, SMALL, Installation
+from tests.boot.installation import SMALL, Installation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 PROGRAM = ROOT / ".venv" / "bin" / "banger"
-KERNEL = "debian-6.12-cloud"
 BRIDGE, ADDRESS = "br-fc-bench", "10.217.0.1"
 
 
@@ -37,11 +36,6 @@ class Ground(Installation):
 
     def argv(self, *words: str) -> list[str]:
         return [str(PROGRAM), *words]
-
-    def fill(self) -> None:
-        """Kernel and image, from the shared cache where they were built before."""
-        self.ok("kernel", "pull", KERNEL, timeout_s=900)
-        self.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=1800)
 
     def time(self, *words: str) -> float:
         """Seconds of one command line of banger, which must succeed."""

@@ -44,7 +44,7 @@ def main() -> None:
         ground = Ground(Path(directory))
         try:
             report.say("bench: kernel and image")
-            ground.fill()
+            ground.furnish()
             # Before the measuring, so that the commit is the one that is measured.
             facts = report.machine_facts(ROOT, ground.json("daemon", "status", "--json"))
             figures = _measure(ground, wanted, runs)

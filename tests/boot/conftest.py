@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import EMPTY, IMAGE, SMALL, Installation
+from boot.installation import SMALL, Installation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,8 +27,7 @@ def banger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     installation = Installation(
         tmp_path_factory.mktemp("b"), bridge=f"br-fc-t{number}", address=f"10.213.{number}.1"
     )
-    installation.ok("kernel", "pull", "debian-6.12-cloud", timeout_s=600)
-    installation.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=900)
+    installation.furnish()
     yield installation
     installation.close()
 
@@ -80,6 +79,3 @@ def repository(tmp_path: Path) -> Path:
     (root / "untracked").write_text("new")
     (root / "ignored").write_text("secret")
     return root
-
-
-__all__ = ["EMPTY"]

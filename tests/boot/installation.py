@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KERNEL = "debian-6.12-cloud"
 IMAGE = "debian-bookworm-minimal"
 SMALL = ("--vcpu", "1", "--memory", "512M", "--disk-size", "512M", "--system-overlay-size", "512M")
 
@@ -157,18 +158,13 @@ class Installation:
                 )
         return "\n".join(parts)
 
+    def furnish(self) -> None:
+        """Kernel and image, from the shared cache where they were built before."""
+        self.ok("kernel", "pull", KERNEL, timeout_s=900)
+        self.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=1800)
+
     def close(self) -> None:
         names = self("vm", "list", "--names").text.split()
         if names:
             self("vm", "delete", *names)
         self("daemon", "stop")
-
-
-EMPTY: dict[str, list[str]] = {
-    "links": [],
-    "processes": [],
-    "sockets": [],
-    "directories": [],
-    "leases": [],
-    "rows": [],
-}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import IMAGE, SMALL, Installation
+from boot.installation import SMALL, Installation
 
 _AS_USER = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
 
@@ -29,8 +29,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     installation = Installation(
         tmp_path_factory.mktemp("u"), bridge="br-fc", address="172.16.0.1", wrapper=wrapper
     )
-    installation.ok("kernel", "pull", "debian-6.12-cloud", timeout_s=600)
-    installation.ok("image", "build", "--name", IMAGE, "--recipe", IMAGE, timeout_s=900)
+    installation.furnish()
     yield installation
     installation.close()
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from banger.disk.cpio import read_members
 from banger.guest.config import CONFIG_MEMBER
-from banger.vmm.driver import short_socket_path
+from banger.rpc.unix import short_path
 
 BOOT_ID = "11111111-2222-3333-4444-555555555555"
 # obeys: ends the machine. ignores: answers, then lives on. refuses: an error. absent: nobody
@@ -34,7 +34,7 @@ def read_config(initrd: Path) -> dict[str, Any]:
 
 async def announce(socket: Path, *, vm_id: str, token: str, protocol: int = 1) -> bool:
     """Announce a guest to the host's Unix socket; whether the host took it."""
-    with short_socket_path(socket) as path:
+    with short_path(socket) as path:
         reader, writer = await asyncio.open_unix_connection(path)
     params = {
         "vm_id": vm_id, "boot_id": BOOT_ID, "agent_version": "0.0.0-fake", "protocol": protocol,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from banger.api import params as p
 from banger.api import results as r
 from banger.errors import BangerError
-from banger.image.build import build_image
+from banger.image import build
 from banger.image.entries import (
     delete_image,
     find_image,
@@ -44,7 +44,8 @@ async def ensure_image(daemon: Daemon, name: str, report: Reporter) -> ImageReco
                 "not_found", f"there is no image {name!r}{extra}", hint="banger image list"
             )
         report.stage("resolve_image", f"building the image {name} from its recipe")
-        image = await build_image(daemon.paths, load_recipe(name), name=name, reporter=report)
+        # Not `build_image`: a peer that has just finished the same one is success here.
+        image = await build.ensure_image(daemon.paths, name, reporter=report)
     if find_kernel(daemon.paths, image.kernel_ref) is None:
         report.stage("resolve_image", f"fetching the kernel {image.kernel_ref}")
         await ensure_kernel(daemon.paths, image.kernel_ref, reporter=report)
@@ -70,7 +71,7 @@ async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> Image
             )
         _refuse_in_use(daemon, existing)
         delete_image(daemon.paths, existing.name)
-    return await build_image(daemon.paths, recipe, name=params.name, reporter=call)
+    return await build.build_image(daemon.paths, recipe, name=params.name, reporter=call)
 
 
 def _refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:

@@ -24,7 +24,6 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 # A VMM that hangs in the kernel is waited for longer, but not by a person at a prompt.
 _ROLLBACK_S = 15.0
-CONNECTION_LOST = "connection_lost"
 
 
 class DaemonAbsent(BangerError):
@@ -60,7 +59,7 @@ def _lost(method: str) -> BangerError:
         "operation_failed",
         f"{method}: the daemon went away before it answered; whether it was carried out is unknown",
         hint="banger vm list",
-        reason=CONNECTION_LOST,
+        reason="connection_lost",
     )
 
 

@@ -148,7 +148,6 @@ class Server:
         self._state = state
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket: socket.socket | None = None
-        self.requests = 0
 
     @property
     def active(self) -> int:
@@ -213,7 +212,6 @@ class Server:
         op_id = f"op-{secrets.token_hex(3)}"
         current_op.set(op_id)
         started = time.monotonic()
-        self.requests += 1
         try:
             request = msgspec.json.decode(line, type=Request)
         except (msgspec.DecodeError, RecursionError) as e:

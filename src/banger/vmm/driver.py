@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from banger.errors import BangerError
+from banger.rpc.unix import short_path
 from banger.vmm.machine import API_SOCKET, VSOCK_SOCKET, Capabilities, Launch, Machine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
     from banger.api.records import VmmName
@@ -72,16 +72,6 @@ def remove_stale_sockets(runtime: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def short_socket_path(socket: Path) -> Iterator[str]:
-    """A name of a Unix socket that fits `sun_path` (108 bytes, unix(7)) however deep it lies."""
-    directory = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{socket.name}"
-    finally:
-        os.close(directory)
-
-
 @contextlib.asynccontextmanager
 async def connected(
     socket: Path,
@@ -91,7 +81,7 @@ async def connected(
     Raises:
         OSError: as connect(2): ENOENT or ECONNREFUSED while nobody listens.
     """
-    with short_socket_path(socket) as path:
+    with short_path(socket) as path:
         reader, writer = await asyncio.open_unix_connection(path, limit=_LINE_LIMIT)
     try:
         yield reader, writer
