@@ -159,3 +159,25 @@ def test_a_corrupt_image_is_refused_before_anything_starts(
         path.unlink()
         whole.rename(path)
         banger.ok("vm", "delete", "held")
+
+
+def test_two_processors_survive_a_kernel_that_patches_itself(
+    banger: Installation, nothing_left: None
+) -> None:
+    """Each write switches a static key: code is patched while the other processor runs it."""
+    banger.ok("vm", "create", "--name", "patched", *SMALL, "--vcpu", "2")
+    script = """
+        while :; do /bin/true; done & a=$!
+        while :; do sleep 0.001; done & b=$!
+        i=0
+        while [ $i -lt 200 ]; do
+            echo 1 > /proc/sys/kernel/sched_schedstats
+            echo 0 > /proc/sys/kernel/sched_schedstats
+            i=$((i + 1))
+        done
+        kill $a $b
+        nproc
+    """
+    done = banger("vm", "exec", "patched", "--", "sh", "-c", script)
+    assert (done.text, done.status) == ("2\n", 0), done.err
+    banger.ok("vm", "delete", "patched")
