@@ -173,9 +173,9 @@ class QemuDriver:
     def _processor(self) -> tuple[str, ...]:
         if self.accel == "kvm":
             return ("-accel", "kvm", "-cpu", "host")
-        # One thread runs all vCPUs in turn. With a thread each, one vCPU may translate code just while
-        # another patches it, and then runs what was there before: the kernel patches itself all
-        # the time (static keys), and two vCPUs die of it in the end, on int3.
+        # One thread runs all vCPUs in turn. With a thread each, one vCPU may translate code just
+        # while another patches it, and then runs what was there before: the kernel patches itself
+        # all the time (static keys), and guests with two vCPUs die of it in the end, on int3.
         return ("-accel", "tcg,thread=single", "-cpu", "max")
 
     def _kernel_args(self) -> tuple[str, ...]:
