@@ -1,0 +1,1 @@
+"""Room: the authoritative name server of the `.vm` zone."""

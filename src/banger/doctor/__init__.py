@@ -1,0 +1,1 @@
+"""Service: what is wrong with this host or installation, and the command that mends it."""

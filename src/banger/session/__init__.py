@@ -1,0 +1,1 @@
+"""Service: long-lived commands in a guest, by name."""

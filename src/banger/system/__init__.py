@@ -1,0 +1,1 @@
+"""Service: the installed services of system mode (files, units, records)."""
