@@ -78,6 +78,8 @@ TEST = (
     Need("tmux", "tmux", "tmux", "tmux"),
     Need("fakeroot", "fakeroot", "fakeroot", "fakeroot"),
     Need("cpio", "cpio", "cpio", "cpio"),
+    Need("dig", "dnsutils", "bind-utils", "bind"),
+    Need("dnsmasq", "dnsmasq-base", "dnsmasq", "dnsmasq"),
     Need("ld", "binutils", "binutils", "binutils"),
     # A judge of our initrds; the tests that ask it skip where the distribution has none.
     Need("unmkinitramfs", "initramfs-tools-core", "", ""),

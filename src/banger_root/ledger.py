@@ -42,6 +42,11 @@ class Entry:
     held: tuple[str, ...]
     created_at: float
     """Seconds since the epoch."""
+    scope: str | None = None
+    """The systemd scope of the VMM, noted before it is started; None without systemd."""
+    pid: int | None = None
+    start_time: int | None = None
+    """Of the VMM that was launched: clock ticks since boot. Both or neither."""
 
     @property
     def id(self) -> str:
@@ -92,6 +97,35 @@ class Ledger:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    @contextlib.contextmanager
+    def locked_lease(self, lease_id: str) -> Iterator[None]:
+        """Keep others out of one lease; taken before `locked`, and held over waits for its VMM.
+
+        Its file goes with its holder.
+        """
+        name = f".{lease_id}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                # Unlinked while held: who waited on that inode sees that it lost its name.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(
+                        os.fstat(fd), os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+                    ):
+                        break
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._fd)
+            os.close(fd)
+
     def save(self, entry: Entry) -> None:
         """Write an entry durably: beside, fsync, rename, fsync of the directory.
 
@@ -106,6 +140,9 @@ class Ledger:
                 "state": entry.state,
                 "held": list(entry.held),
                 "created_at": entry.created_at,
+                "scope": entry.scope,
+                "pid": entry.pid,
+                "start_time": entry.start_time,
             }
         )
         beside = f".{entry.id}"
@@ -176,10 +213,13 @@ class Ledger:
 def _parse_entry(content: bytes) -> Entry:
     document = validate.parse_document(content)
     expected = {"schema", "plan", "owner_uid", "state", "held", "created_at"}
+    document = {"scope": None, "pid": None, "start_time": None, **document}
+    expected |= {"scope", "pid", "start_time"}
     if set(document) != expected or document["schema"] != _SCHEMA:
         raise HelperError("bad_request", f"it is no lease of schema {_SCHEMA}")
     plan: Any = document["plan"]
     held, state, created_at = document["held"], document["state"], document["created_at"]
+    scope, pid, start_time = document["scope"], document["pid"], document["start_time"]
     if (
         type(plan) is not dict
         or type(document["owner_uid"]) is not int
@@ -187,6 +227,9 @@ def _parse_entry(content: bytes) -> Entry:
         or type(held) is not list
         or any(step not in STEPS for step in held)
         or type(created_at) not in (int, float)
+        or type(scope) not in (str, type(None))
+        or type(pid) not in (int, type(None))
+        or type(start_time) is not type(pid)
     ):
         raise HelperError("bad_request", "a field has a value that the helper never writes")
     return Entry(
@@ -195,4 +238,7 @@ def _parse_entry(content: bytes) -> Entry:
         state=state,
         held=tuple(held),
         created_at=float(created_at),
+        scope=scope,
+        pid=pid,
+        start_time=start_time,
     )

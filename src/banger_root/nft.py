@@ -112,7 +112,7 @@ class Element:
 def build_elements(plan: LeasePlan) -> tuple[Element, ...]:
     """The elements of a lease. `vm_ports` is the only one that names the tap of every lease."""
     bridge, address = plan.bridge, str(plan.address)
-    port = (plan.tap, plan.mac, address)
+    port = (plan.own_tap, plan.mac, address)
     elements = [
         Element(family="bridge", set_name="vm_ports", parts=port),
         Element(family="inet", set_name="vm_addresses", parts=(address,)),
@@ -124,7 +124,7 @@ def build_elements(plan: LeasePlan) -> tuple[Element, ...]:
     ]
     if not plan.isolate:
         elements += [
-            Element(family="bridge", set_name="open_ports", parts=(plan.tap,)),
+            Element(family="bridge", set_name="open_ports", parts=(plan.own_tap,)),
             # The bridge twice: only what stays on it is let through, never to another one.
             Element(
                 family="inet", set_name="open_guests", parts=(bridge.name, address, bridge.name)
@@ -141,7 +141,7 @@ def add_elements(plan: LeasePlan, *, with_layout: bool) -> None:
     """
     # `create`, unlike `add`, fails on an element that exists: another ledger's lease has it.
     text = "".join(e.format("create") for e in build_elements(plan))
-    doing = f"adding the nft elements of {plan.tap}"
+    doing = f"adding the nft elements of {plan.own_tap}"
     try:
         try:
             _apply(doing, (LAYOUT if with_layout else "") + text)
@@ -176,7 +176,7 @@ def remove_elements(plan: LeasePlan) -> None:
         _apply("deleting banger's tables", REMOVAL)
     elif ours:
         text = "".join(e.format("delete") for e in sorted(ours))
-        _apply(f"deleting the nft elements of {plan.tap}", text)
+        _apply(f"deleting the nft elements of {plan.own_tap}", text)
 
 
 def select_ours(plan: LeasePlan, present: frozenset[Element]) -> frozenset[Element]:
@@ -184,7 +184,7 @@ def select_ours(plan: LeasePlan, present: frozenset[Element]) -> frozenset[Eleme
     address = str(plan.address)
     holders = {e.parts[0] for e in present if e.set_name == "vm_ports" and e.parts[2] == address}
     # Another ledger's lease may hold the address; then what carries only the address is its own.
-    foreign = bool(holders - {plan.tap})
+    foreign = bool(holders - {plan.own_tap})
     wanted = (e for e in build_elements(plan) if not (foreign and e.family == "inet"))
     return present.intersection(wanted)
 

@@ -18,8 +18,21 @@ from banger_root.errors import HelperError
 
 LINE_LIMIT = 1 << 20
 DEPTH_LIMIT = 8
+PATH_LIMIT = 1024
+PORTS_LIMIT = 32
+VCPU_LIMIT = 32
+MEMORY_MIN_MIB = 128
+# Of a document; that it fits into this host is judged by `leases`, which knows the host.
+_MEMORY_MAX_MIB = 1 << 24
+POOL_LIMIT = 64
+# A /9 has 128 reverse zones of /16, a /17 as many of /24; no subnet has more.
+_ZONES_LIMIT = 128
 PROTOCOL = 1
-METHODS = ("prepare", "release", "sweep", "status")
+METHODS = ("prepare", "launch", "signal", "release", "sweep", "resolver", "status")
+# Not STOP or CONT: they would make a VM look dead or alive behind the daemon's back.
+SIGNALS = ("TERM", "KILL", "INT", "HUP", "QUIT", "USR1", "USR2", "ABRT")
+ROLES = ("image", "overlay", "work", "modules")
+READ_ONLY_ROLES = frozenset({"image", "modules"})
 
 # RFC 1918 and RFC 6598: where a subnet of ours may lie.
 _ALLOWED_SPACE = tuple(
@@ -27,7 +40,18 @@ _ALLOWED_SPACE = tuple(
 )
 _ID = re.compile(r"[0-9a-f]{32}")
 _BRIDGE = re.compile(r"br-fc(-[a-z0-9-]{1,9})?")
+_OWN_TAP = re.compile(r"tap-fc-[0-9a-f]{8}")
+_POOL_TAP = re.compile(r"tap-pool-[0-9]{1,5}")
+_REVERSE_ZONE = re.compile(r"~([0-9]{1,3}\.){1,3}in-addr\.arpa")
 _OP_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# What plans have since schema 2 of the ledger, and what an older plan means.
+_SINCE_SCHEMA_2: dict[str, Any] = {
+    "nat": False,
+    "guest_host_ports": [],
+    "limits": {"vcpu": 1, "memory_mib": MEMORY_MIN_MIB},
+    "jail": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +81,67 @@ class LeasePlan:
     address: IPv4Address
     isolate: bool
     announce_port: int
+    nat: bool
+    guest_host_ports: tuple[int, ...]
+    vcpu: int
+    memory_mib: int
+    jail: bool
 
     @property
     def mac(self) -> str:
         return mac_of(self.address)
 
     @property
-    def tap(self) -> str:
-        """15 bytes, the most that an interface name can have (IFNAMSIZ counts the NUL)."""
+    def own_tap(self) -> str:
+        """The tap of a lease that takes none from the pool.
+
+        15 bytes, the most that an interface name can have (IFNAMSIZ counts the NUL).
+        """
         return f"tap-fc-{self.vm_id[:8]}"
+
+    @property
+    def host_ports(self) -> tuple[int, ...]:
+        """The TCP ports of the bridge's address that the guest may reach."""
+        return tuple(sorted({self.announce_port, *self.guest_host_ports}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPlan:
+    """How many taps a bridge should have in store; 0 ends its pool."""
+
+    bridge: Bridge
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolverPlan:
+    """What systemd-resolved is told of a bridge; `server` is empty where it is to forget it."""
+
+    link: str
+    server: str
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """What the VMM of a lease runs with: paths whose form is checked, and nothing else of them."""
+
+    lease_id: str
+    firecracker_bin: str
+    jailer_bin: str
+    kernel: str
+    initrd: str
+    drives: tuple[str, ...]
+    """One path for each of `ROLES`."""
+    console: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalPlan:
+    """A signal, by its name without SIG, for the VMM of a lease."""
+
+    lease_id: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +161,16 @@ def mac_of(address: IPv4Address) -> str:
 def is_bridge_name(name: str) -> bool:
     """Whether a link of this name can be one of ours."""
     return _BRIDGE.fullmatch(name) is not None
+
+
+def is_pool_tap(name: str) -> bool:
+    """Whether a link of this name can be of a tap pool of ours."""
+    return _POOL_TAP.fullmatch(name) is not None
+
+
+def is_own_tap(name: str) -> bool:
+    """Whether a link of this name can be the tap that was made for one lease."""
+    return _OWN_TAP.fullmatch(name) is not None
 
 
 def parse_request(line: bytes) -> Request:
@@ -143,7 +229,8 @@ def parse_prepare(params: dict[str, Any]) -> LeasePlan:
     Raises:
         HelperError: bad_request, naming field and rule.
     """
-    _exactly(params, "params", ("vm_id", "bridge", "guest", "isolate", "announce_port"))
+    known = ("vm_id", "bridge", "guest", "isolate", "announce_port", *_SINCE_SCHEMA_2)
+    _exactly(params, "params", known)
     vm_id = _id(params["vm_id"], "vm_id")
     bridge = _bridge(params["bridge"])
     guest = _object_at(params["guest"], "guest")
@@ -160,15 +247,34 @@ def parse_prepare(params: dict[str, Any]) -> LeasePlan:
         )
     if type(guest["mac"]) is not str or guest["mac"] != mac_of(address):
         _refuse("guest.mac", f"{mac_of(address)}, the one derived from {address}", guest["mac"])
-    isolate = params["isolate"]
-    if type(isolate) is not bool:
-        _refuse("isolate", "true or false", isolate)
-    port = params["announce_port"]
-    if type(port) is not int or not 1 <= port <= 65535:
-        _refuse("announce_port", "a number from 1 to 65535", port)
+    ports = params["guest_host_ports"]
+    if type(ports) is not list or len(ports) > PORTS_LIMIT:
+        _refuse("guest_host_ports", f"a list of at most {PORTS_LIMIT} numbers", ports)
+    limits = _object_at(params["limits"], "limits")
+    _exactly(limits, "limits", ("vcpu", "memory_mib"))
     return LeasePlan(
-        vm_id=vm_id, bridge=bridge, address=address, isolate=isolate, announce_port=port
+        vm_id=vm_id,
+        bridge=bridge,
+        address=address,
+        isolate=_bool(params["isolate"], "isolate"),
+        announce_port=_number(params["announce_port"], "announce_port", 1, 65535),
+        nat=_bool(params["nat"], "nat"),
+        guest_host_ports=tuple(_number(p, "guest_host_ports", 1, 65535) for p in ports),
+        vcpu=_number(limits["vcpu"], "limits.vcpu", 1, VCPU_LIMIT),
+        memory_mib=_number(
+            limits["memory_mib"], "limits.memory_mib", MEMORY_MIN_MIB, _MEMORY_MAX_MIB
+        ),
+        jail=_bool(params["jail"], "jail"),
     )
+
+
+def parse_plan_of_schema_1(plan: dict[str, Any]) -> LeasePlan:
+    """The plan in a ledger file of a helper that knew neither NAT nor jails.
+
+    Raises:
+        HelperError: bad_request.
+    """
+    return parse_prepare({**_SINCE_SCHEMA_2, **plan})
 
 
 def parse_release(params: dict[str, Any]) -> str:
@@ -181,6 +287,45 @@ def parse_release(params: dict[str, Any]) -> str:
     return _id(params["id"], "id")
 
 
+def parse_launch(params: dict[str, Any]) -> LaunchPlan:
+    """What a lease is to run (spec 3.6); where its paths lead is judged when they are opened.
+
+    Raises:
+        HelperError: bad_request, naming field and rule.
+    """
+    paths = ("firecracker_bin", "jailer_bin", "kernel", "initrd", "console")
+    _exactly(params, "params", ("id", *paths, "drives"))
+    lease_id = _id(params["id"], "id")
+    drives = params["drives"]
+    if type(drives) is not list or len(drives) != len(ROLES):
+        _refuse("drives", f"the list of {', '.join(ROLES)}", drives)
+    for number, (drive, role) in enumerate(zip(drives, ROLES, strict=True)):
+        field = f"drives[{number}]"
+        _exactly(_object_at(drive, field), field, ("role", "path"))
+        if type(drive["role"]) is not str or drive["role"] != role:
+            _refuse(f"{field}.role", role, drive["role"])
+    return LaunchPlan(
+        lease_id=lease_id,
+        **{name: _path(params[name], name) for name in paths},
+        drives=tuple(_path(d["path"], f"drives[{n}].path") for n, d in enumerate(drives)),
+    )
+
+
+def parse_signal(params: dict[str, Any]) -> SignalPlan:
+    """A signal for a lease: one of `SIGNALS`, with or without SIG, in any case; no number.
+
+    Raises:
+        HelperError: bad_request.
+    """
+    _exactly(params, "params", ("id", "name"))
+    lease_id, name = _id(params["id"], "id"), params["name"]
+    # isascii first: upper() makes ASCII letters of some others.
+    plain = name.upper().removeprefix("SIG") if type(name) is str and name.isascii() else None
+    if plain not in SIGNALS:
+        _refuse("name", f"one of {', '.join(SIGNALS)}", name)
+    return SignalPlan(lease_id=lease_id, name=plain)
+
+
 def parse_nothing(params: dict[str, Any]) -> None:
     """The params of a method that takes none.
 
@@ -188,6 +333,50 @@ def parse_nothing(params: dict[str, Any]) -> None:
         HelperError: bad_request.
     """
     _exactly(params, "params", ())
+
+
+def parse_sweep(params: dict[str, Any]) -> PoolPlan | None:
+    """The pool that a sweep fills or ends; None: pools stay as they are.
+
+    Raises:
+        HelperError: bad_request.
+    """
+    if params.get("pool") is None:
+        _exactly({"pool": None, **params}, "params", ("pool",))
+        return None
+    _exactly(params, "params", ("pool",))
+    pool = _object_at(params["pool"], "pool")
+    _exactly(pool, "pool", ("bridge", "size"))
+    return PoolPlan(
+        bridge=_bridge(pool["bridge"]), size=_number(pool["size"], "pool.size", 0, POOL_LIMIT)
+    )
+
+
+def parse_resolver(params: dict[str, Any]) -> ResolverPlan:
+    """What a call of `resolver` asks for; that the zones are those of the link's own subnet is
+    judged by `resolver`, which sees the link.
+
+    Raises:
+        HelperError: bad_request.
+    """
+    _exactly(params, "params", ("action", "link", "server", "domains"))
+    link, server, domains = params["link"], params["server"], params["domains"]
+    if type(link) is not str or not is_bridge_name(link):
+        _refuse("link", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", link)
+    if params["action"] == "clear":
+        if server != "" or domains != []:
+            _refuse("server and domains", "empty where the action is clear", [server, domains])
+        return ResolverPlan(link=link, server="", domains=())
+    if params["action"] != "set":
+        _refuse("action", "set or clear", params["action"])
+    if type(domains) is not list or not 2 <= len(domains) <= 1 + _ZONES_LIMIT:
+        _refuse("domains", "~vm and the reverse zones of the bridge's subnet", domains)
+    for domain in domains:
+        if domain != "~vm" and not (type(domain) is str and _REVERSE_ZONE.fullmatch(domain)):
+            _refuse("domains", "~vm and the reverse zones of the bridge's subnet", domain)
+    if len(set(domains)) != len(domains):
+        _refuse("domains", "without a name twice", domains)
+    return ResolverPlan(link=link, server=_server(server), domains=tuple(domains))
 
 
 def parse_lease_id(text: str) -> str:
@@ -211,6 +400,10 @@ def format_plan(plan: LeasePlan) -> dict[str, Any]:
         "guest": {"address": str(plan.address), "mac": plan.mac},
         "isolate": plan.isolate,
         "announce_port": plan.announce_port,
+        "nat": plan.nat,
+        "guest_host_ports": list(plan.guest_host_ports),
+        "limits": {"vcpu": plan.vcpu, "memory_mib": plan.memory_mib},
+        "jail": plan.jail,
     }
 
 
@@ -221,9 +414,7 @@ def _bridge(value: Any) -> Bridge:
     if type(name) is not str or not is_bridge_name(name):
         _refuse("bridge.name", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", name)
     address = _address(fields["address"], "bridge.address")
-    prefix = fields["prefix"]
-    if type(prefix) is not int or not 8 <= prefix <= 30:
-        _refuse("bridge.prefix", "a number from 8 to 30", prefix)
+    prefix = _number(fields["prefix"], "bridge.prefix", 8, 30)
     bridge = Bridge(name=name, address=address, prefix=prefix)
     if not any(bridge.subnet.subnet_of(space) for space in _ALLOWED_SPACE):
         _refuse("bridge.address", "a subnet in private or shared address space", str(bridge.subnet))
@@ -241,9 +432,64 @@ def _address(value: Any, field: str) -> IPv4Address:
     _refuse(field, "an IPv4 address", value)
 
 
+def _server(value: Any) -> str:
+    """A loopback address, alone or with `:port`, in the form in which resolvectl prints it."""
+    if type(value) is str:
+        address, colon, port = value.partition(":")
+        try:
+            if not IPv4Address(address).is_loopback:
+                raise ValueError
+            if not colon:
+                return value
+            # isdecimal and no leading zero: int() would take spaces, signs and underscores.
+            if port.isascii() and port.isdecimal() and str(int(port)) == port:
+                if 1 <= int(port) <= 65535:
+                    return value
+        except ValueError:
+            pass
+    _refuse("server", "a loopback IPv4 address, alone or with a port", value)
+
+
+def _path(value: Any, field: str) -> str:
+    """A path by its form; `paths` says where it may lead."""
+    if type(value) is str:
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:  # half of a surrogate pair
+            size = PATH_LIMIT + 1
+        parts = value.split("/")
+        if (
+            size <= PATH_LIMIT
+            and parts[0] == ""
+            and not any(part in ("", ".", "..") for part in parts[1:])
+            and "\0" not in value
+            and "\n" not in value
+        ):
+            return value
+    _refuse(
+        field,
+        f"an absolute path of at most {PATH_LIMIT} bytes without empty, '.' and '..' components, "
+        f"NUL and newline",
+        value,
+    )
+
+
 def _id(value: Any, field: str) -> str:
     if type(value) is not str or not _ID.fullmatch(value):
         _refuse(field, "32 hexadecimal digits in lower case", value)
+    return value
+
+
+def _bool(value: Any, field: str) -> bool:
+    if type(value) is not bool:
+        _refuse(field, "true or false", value)
+    return value
+
+
+def _number(value: Any, field: str, least: int, most: int) -> int:
+    # `type() is`: True is no number here.
+    if type(value) is not int or not least <= value <= most:
+        _refuse(field, f"a number from {least} to {most}", value)
     return value
 
 

@@ -90,6 +90,8 @@ class BareMachine:
             authorized_keys=(ensure_owner_key(paths.ssh_key),),
             git_identity=None,
             agent_host_port=None,
+            jailing=None,
+            uplink_mtu=None,
             now_unix_ns=time.time_ns(),
         )
         transport = plan.guest_config.transport

@@ -52,6 +52,7 @@ class Installation:
         self.config.write_text(
             f'bridge_name = "{bridge}"\nbridge_ip = "{address}"\n'
             f'default_image_name = "{IMAGE}"\nlog_level = "debug"\n'
+            'dns_listen_addr = "127.0.0.1:0"\n'
         )
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         self.env = {

@@ -11,12 +11,24 @@ import contextlib
 import os
 import select
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import msgspec
 
 from banger.errors import BangerError
 from banger.files import remove_tree
-from banger.host.lease import BridgeStatus, HostStatus, Lease, LeaseId, LeasePlan, LeaseStatus
+from banger.host.lease import (
+    BridgeStatus,
+    HostStatus,
+    LaunchPlan,
+    Lease,
+    LeaseId,
+    LeasePlan,
+    LeaseStatus,
+)
 from banger.host.privilege import Privilege
+from banger.host.vmm_process import ProcessRef, kill_vmm
 from fakes.faults import Faults
 
 ROOT = Privilege(kind="root")
@@ -25,10 +37,22 @@ NOBODY = Privilege(kind="none", missing="nobody may make a tap here")
 
 class FakeHost:
     """Points: `host.prepare`, `host.prepare.reply` (made, then the answer is lost),
-    `host.release`, `host.status`, `host.sweep`."""
+    `host.release`, `host.status`, `host.launch`, `host.launch.reply`."""
 
-    def __init__(self, directory: Path, faults: Faults, privilege: Privilege = ROOT) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        faults: Faults,
+        privilege: Privilege = ROOT,
+        *,
+        launcher: Callable[[LaunchPlan], Awaitable[ProcessRef]] | None = None,
+        jail_base: Path | None = None,
+    ) -> None:
         self.privilege = privilege
+        self.jail_base = jail_base
+        self.processes: dict[LeaseId, ProcessRef] = {}
+        """What was launched in a lease, by the helper."""
+        self._launcher = launcher
         self.leases: dict[LeaseId, LeaseStatus] = {}
         self._cgroups = directory
         self._faults = faults
@@ -40,6 +64,8 @@ class FakeHost:
         lease_id = plan.lease_id
         known = self._plans.get(lease_id)
         taken = [s.vm_id for s in self.leases.values() if s.address == plan.guest_address]
+        if known is not None and msgspec.structs.replace(known, nat=plan.nat) == plan:
+            known = self._plans[lease_id] = plan
         if (known is not None and known != plan) or any(v != plan.vm_id for v in taken):
             raise BangerError("already_exists", f"{plan.guest_address} is leased", reason="in_use")
         if known is None:
@@ -64,11 +90,26 @@ class FakeHost:
             state="ready",
         )
 
+    def nat(self, lease_id: str) -> bool:
+        """Whether the guest of this lease reaches the outside."""
+        return self._plans[LeaseId(lease_id)].nat
+
+    async def launch(self, plan: LaunchPlan, *, op_id: str = "") -> ProcessRef:
+        await self._faults.arrive("host.launch")
+        assert self._launcher is not None and self._plans[plan.id].jail
+        ref = self.processes[plan.id] = await self._launcher(plan)
+        await self._faults.arrive("host.launch.reply")
+        return ref
+
     async def release(self, lease_id: LeaseId, *, op_id: str = "") -> None:
         self._require_privilege()
         await self._faults.arrive("host.release")
         status = self.leases.pop(lease_id, None)
-        self._plans.pop(lease_id, None)
+        plan = self._plans.pop(lease_id, None)
+        if process := self.processes.pop(lease_id, None):
+            await kill_vmm(process, None)
+        if plan is not None and plan.jail and self.jail_base is not None:
+            remove_tree(self.jail_base / "firecracker" / plan.vm_id)
         if status is not None and status.cgroup is not None:
             self._kill(Path(status.cgroup))
 

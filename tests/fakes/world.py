@@ -26,8 +26,9 @@ from banger.disk.blank import ensure_template
 from banger.disk.identity import identify
 from banger.files import ensure_private_directory, link_or_copy, sha256_file
 from banger.guest.announce import Announcements
+from banger.host.lease import LaunchPlan
 from banger.host.privilege import Privilege
-from banger.host.vmm_process import is_alive
+from banger.host.vmm_process import ProcessRef, is_alive, launch_vmm
 from banger.image import entries as images
 from banger.kernel import entries as kernels
 from banger.kernel import pull
@@ -40,9 +41,11 @@ from banger.units import MIB
 from banger.vm.context import VmContext
 from banger.vm.create import create
 from banger.vm.handles import Handles, find_handles
+from banger.vm.plan import Jailing
 from banger.vm.reconcile import reconcile
 from banger.vm.start import start
 from banger.vmm.driver import Driver
+from banger.vmm.machine import Drive, Machine
 from fakes.driver import FakeDriver
 from fakes.faults import Faults
 from fakes.host import NOBODY, ROOT, FakeHost
@@ -52,7 +55,7 @@ IMAGE_ID = "1" * 32
 KERNEL = "fake-kernel"
 EMPTY: dict[str, list[str]] = {
     "leases": [], "processes": [], "sockets": [], "directories": [], "rows": [], "known_hosts": [],
-    "handles": [],
+    "handles": [], "names": [],
 }  # fmt: skip
 
 
@@ -70,6 +73,19 @@ def processes_below(directory: Path) -> list[int]:
     return found
 
 
+class FakeNames:
+    """What the name server would answer: VM id → name."""
+
+    def __init__(self) -> None:
+        self.published: dict[str, str] = {}
+
+    def publish(self, vm: VmRecord) -> None:
+        self.published[vm.id] = vm.name
+
+    def withdraw(self, vm_id: str) -> None:
+        self.published.pop(vm_id, None)
+
+
 class World:
     """Everything that a VM needs and leaves. Make it inside a running event loop."""
 
@@ -77,6 +93,7 @@ class World:
         self,
         *,
         network: Literal["bridge", "user"] = "bridge",
+        jailed: bool = False,
         templates: Path | None = None,
         **settings: Any,
     ) -> None:
@@ -98,7 +115,16 @@ class World:
         self.network = network
         self.faults = Faults()
         privilege: Privilege = ROOT if network == "bridge" else NOBODY
-        self.host = FakeHost(self.root / "cgroups", self.faults, privilege)
+        programs = {"firecracker_bin": Path("/bin/sh"), "jailer_bin": Path("/bin/sh")}
+        self.jailing = Jailing(base=self.root / "jail", **programs) if jailed else None
+        self.names = FakeNames()
+        self.host = FakeHost(
+            self.root / "cgroups",
+            self.faults,
+            privilege,
+            launcher=self._launch,
+            jail_base=self.jailing.base if self.jailing else None,
+        )
         self.driver = FakeDriver(self.faults)
         self.store = VmStore(open_database(self.paths.database))
         self._patch = pytest.MonkeyPatch()
@@ -169,7 +195,34 @@ class World:
             authorized_keys=lambda: ("ssh-ed25519 AAAA banger",),
             git_identity=lambda: None,
             network=self.network,
+            jailing=self._jailing,
+            names=self.names,
         )
+
+    async def _jailing(self) -> Jailing | None:
+        return self.jailing
+
+    async def _launch(self, plan: LaunchPlan) -> ProcessRef:
+        """As the helper does: the VMM in its jail, which is the owner's from then on."""
+        assert self.jailing is not None
+        root = self.jailing.root(plan.id)
+        root.mkdir(parents=True)
+        machine = Machine(
+            vm_id=plan.id,
+            vcpu=1,
+            memory_mib=128,
+            kernel=Path(plan.kernel),
+            initrd=Path(plan.initrd),
+            drives=tuple(
+                Drive(role=d.role, path=Path(d.path), read_only=d.role in ("image", "modules"))
+                for d in plan.drives
+            ),
+            nic=None,
+            vsock_cid=None,
+            runtime=root,
+        )
+        argv = self.driver.build_launch(machine).argv
+        return await launch_vmm(argv, cwd=root, console=Path(plan.console), cgroup=None)
 
     async def crash(self) -> None:
         """The daemon is killed and the next one starts: what it knew in memory is gone.
@@ -215,12 +268,15 @@ class World:
         known = self.paths.known_hosts
         return {
             "leases": sorted(self.host.leases),
-            "processes": [str(pid) for pid in processes_below(runtime)],
+            "processes": [
+                str(pid) for pid in processes_below(runtime) + processes_below(self.root / "jail")
+            ],
             "sockets": sorted(p.name for p in runtime.glob("*")),
             "directories": sorted(p.name for p in self.paths.vms.iterdir()),
             "rows": sorted(vm.name for vm in self.store.list()),
             "known_hosts": known.read_text().splitlines() if known.exists() else [],
             "handles": sorted(p.parent.name for p in self.paths.vms.glob("*/handles.json")),
+            "names": sorted(self.names.published.values()),
         }
 
     async def close(self) -> None:

@@ -21,7 +21,13 @@ BRIDGE_MAC = "06:00:ac:1f:00:01"
 
 
 def build_params(
-    number: int, *, vm_id: str | None = None, isolate: bool = True, **bridge: Any
+    number: int,
+    *,
+    vm_id: str | None = None,
+    isolate: bool = True,
+    nat: bool = False,
+    ports: tuple[int, ...] = (),
+    **bridge: Any,
 ) -> dict[str, Any]:
     """Params of `prepare` for the guest with this host number on the test's bridge."""
     fields = {**BRIDGE, **bridge}
@@ -32,6 +38,10 @@ def build_params(
         "guest": {"address": address, "mac": validate.mac_of(IPv4Address(address))},
         "isolate": isolate,
         "announce_port": 7001,
+        "nat": nat,
+        "guest_host_ports": list(ports),
+        "limits": {"vcpu": 1, "memory_mib": 128},
+        "jail": False,
     }
 
 

@@ -168,9 +168,9 @@ def test_each_call_writes_one_log_line(namespace: None, tmp_path: Path) -> None:
 
 def test_refusal_has_code_message_and_operation(namespace: None, tmp_path: Path) -> None:
     with running(tmp_path / "leases") as line:
-        error = line.call("prepare", **{**build_params(2), "nat": True})["error"]
+        error = line.call("prepare", **{**build_params(2), "nut": True})["error"]
     assert error["code"] == "bad_request"
-    assert error["message"] == 'params has the unknown field "nat"'
+    assert error["message"] == 'params has the unknown field "nut"'
     assert error["op_id"] == "op-00beef"
 
 

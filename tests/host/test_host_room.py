@@ -34,6 +34,8 @@ def build_plan(number: int, **changes: Any) -> LeasePlan:
         "guest_address": f"172.31.0.{number}",
         "isolate": True,
         "announce_port": 7001,
+        "vcpu": 1,
+        "memory_mib": 128,
     }
     return LeasePlan(**{**fields, **changes})
 

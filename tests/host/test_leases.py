@@ -39,7 +39,7 @@ def test_first_lease_makes_the_bridge_with_its_address(prepared: Prepared) -> No
 
 def test_lease_makes_a_persistent_tap_on_an_isolated_port(prepared: Prepared) -> None:
     plan = prepared(2)
-    (link,) = ip(f"link show dev {plan.tap}")
+    (link,) = ip(f"link show dev {plan.own_tap}")
     assert link["linkinfo"]["info_data"] == {
         "type": "tap",
         "pi": False,
@@ -57,7 +57,7 @@ def test_tap_belongs_to_the_owner(namespace: None, ledger: Ledger) -> None:
     leases = Leases(ledger, owner_uid=65534)
     plan = build_plan(2)
     result = leases.prepare(plan)
-    (link,) = ip(f"link show dev {plan.tap}")
+    (link,) = ip(f"link show dev {plan.own_tap}")
     leases.release(plan.vm_id)
     assert link["linkinfo"]["info_data"]["user"] == "nobody"
     assert result["cgroup"] is None
@@ -65,7 +65,7 @@ def test_tap_belongs_to_the_owner(namespace: None, ledger: Ledger) -> None:
 
 def test_no_ipv6_address_appears_on_bridge_or_tap(prepared: Prepared) -> None:
     plan = prepared(2)
-    for name in ("br-fc-t1", plan.tap):
+    for name in ("br-fc-t1", plan.own_tap):
         (link,) = ip(f"link show dev {name}")
         assert link["inet6_addr_gen_mode"] == "none"
         assert run(f"ip -6 address show dev {name}") == ""
@@ -78,16 +78,16 @@ def test_lease_adds_exactly_its_elements(prepared: Prepared) -> None:
         "vm_addresses": ["172.31.0.2"],
         "host_ports": [["172.31.0.2", "172.31.0.1", 7001]],
         "open_guests": [],
-        "vm_ports": [[plan.tap, "06:00:ac:1f:00:02", "172.31.0.2"]],
+        "vm_ports": [[plan.own_tap, "06:00:ac:1f:00:02", "172.31.0.2"]],
         "open_ports": [],
     }
 
 
 def test_lease_without_isolation_is_an_open_port(prepared: Prepared) -> None:
     plan = prepared(2, isolate=False)
-    (link,) = ip(f"link show dev {plan.tap}")
+    (link,) = ip(f"link show dev {plan.own_tap}")
     assert link["linkinfo"]["info_slave_data"]["isolated"] is False
-    assert elements()["open_ports"] == [plan.tap]
+    assert elements()["open_ports"] == [plan.own_tap]
     assert elements()["open_guests"] == [["br-fc-t1", "172.31.0.2", "br-fc-t1"]]
 
 
@@ -122,8 +122,8 @@ def test_release_gives_everything_back(namespace: None, ledger: Ledger) -> None:
 def test_release_leaves_the_other_lease_alone(leases: Leases, prepared: Prepared) -> None:
     first, second = prepared(2), prepared(3)
     leases.release(first.vm_id)
-    assert elements()["vm_ports"] == [[second.tap, second.mac, "172.31.0.3"]]
-    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [second.tap]
+    assert elements()["vm_ports"] == [[second.own_tap, second.mac, "172.31.0.3"]]
+    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [second.own_tap]
 
 
 def test_release_of_an_unknown_lease_is_fine(leases: Leases) -> None:
@@ -172,12 +172,12 @@ def test_prepare_by_another_plan_is_refused(leases: Leases, prepared: Prepared) 
 
 def test_lease_that_a_reboot_swept_away_is_made_again(leases: Leases, prepared: Prepared) -> None:
     plan = prepared(2)
-    run(f"ip link delete {plan.tap}")
+    run(f"ip link delete {plan.own_tap}")
     run("ip link delete br-fc-t1")
     run("nft flush ruleset")
     leases.prepare(plan)
-    assert elements()["vm_ports"] == [[plan.tap, plan.mac, "172.31.0.2"]]
-    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [plan.tap]
+    assert elements()["vm_ports"] == [[plan.own_tap, plan.mac, "172.31.0.2"]]
+    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [plan.own_tap]
 
 
 def test_address_of_another_lease_is_refused(leases: Leases, prepared: Prepared) -> None:
@@ -211,7 +211,7 @@ def test_last_lease_of_one_ledger_leaves_the_bridge_of_another(
     theirs = build_plan(3)
     other.prepare(theirs)
     leases.release(plan.vm_id)
-    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [theirs.tap]
+    assert [link["ifname"] for link in ip("link show master br-fc-t1")] == [theirs.own_tap]
     other.release(theirs.vm_id)
     assert "br-fc-t1" not in census()["links"]
 
@@ -238,7 +238,7 @@ def test_sweep_spares_a_lease_whose_tap_is_open(
 
     plan = prepared(2)
     monkeypatch.setattr(leases_module, "ORPHAN_AGE_S", 0.0)
-    guest = TapGuest(plan.tap, "172.31.0.2", "172.31.0.1", BRIDGE_MAC)
+    guest = TapGuest(plan.own_tap, "172.31.0.2", "172.31.0.1", BRIDGE_MAC)
     assert leases.sweep() == {"removed": []}
     guest.close()
     assert leases.sweep() == {"removed": [plan.vm_id]}
@@ -262,11 +262,11 @@ def test_foreign_bridge_of_that_name_is_refused_and_kept(leases: Leases) -> None
 
 def test_taken_tap_name_is_refused_and_kept(leases: Leases) -> None:
     plan = build_plan(2)
-    run(f"ip tuntap add {plan.tap} mode tap")
+    run(f"ip tuntap add {plan.own_tap} mode tap")
     with pytest.raises(HelperError, match="is in no lease"):
         leases.prepare(plan)
-    assert plan.tap in census()["links"]
-    run(f"ip link delete {plan.tap}")
+    assert plan.own_tap in census()["links"]
+    run(f"ip link delete {plan.own_tap}")
 
 
 def test_tap_name_taken_at_the_last_moment_is_kept(
@@ -277,13 +277,13 @@ def test_tap_name_taken_at_the_last_moment_is_kept(
 
     def add(plan: LeasePlan, *, with_layout: bool) -> None:
         real(plan, with_layout=with_layout)
-        run(f"ip tuntap add {plan.tap} mode tap")
+        run(f"ip tuntap add {plan.own_tap} mode tap")
 
     monkeypatch.setattr(nft, "add_elements", add)
     with pytest.raises(HelperError, match="a link of that name exists"):
         leases.prepare(plan)
-    assert census()["links"] == ["lo", plan.tap]
-    run(f"ip link delete {plan.tap}")
+    assert census()["links"] == ["lo", plan.own_tap]
+    run(f"ip link delete {plan.own_tap}")
 
 
 def test_missing_nft_rolls_back_and_names_the_package(
@@ -478,10 +478,10 @@ def test_status_lists_leases_and_bridges(leases: Leases, prepared: Prepared) -> 
     plan = prepared(2)
     status = leases.status()
     (lease,) = status["leases"]
-    assert lease["tap"] == plan.tap
+    assert lease["tap"] == plan.own_tap
     assert lease["state"] == "ready"
     assert status["bridges"] == [
-        {"name": "br-fc-t1", "address": "172.31.0.1", "prefix": 24, "ports": [plan.tap]}
+        {"name": "br-fc-t1", "address": "172.31.0.1", "prefix": 24, "ports": [plan.own_tap]}
     ]
 
 

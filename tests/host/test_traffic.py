@@ -28,7 +28,7 @@ SYN_ACK, RST = 0x12, 0x04
 
 
 def start_guest(plan: LeasePlan) -> TapGuest:
-    return TapGuest(plan.tap, str(plan.address), GATEWAY, BRIDGE_MAC)
+    return TapGuest(plan.own_tap, str(plan.address), GATEWAY, BRIDGE_MAC)
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_guest_of_one_bridge_does_not_reach_a_guest_of_another(
 ) -> None:
     run("sysctl -qw net.ipv4.ip_forward=1")
     plan = prepared(2, name="br-fc-t2", address="172.31.1.1", isolate=False)
-    with closing(TapGuest(plan.tap, "172.31.1.2", "172.31.1.1", plan.bridge.mac)) as other:
+    with closing(TapGuest(plan.own_tap, "172.31.1.2", "172.31.1.1", plan.bridge.mac)) as other:
         other.settle()
         guest.send(guest.echo_request("172.31.1.2", BRIDGE_MAC))
         guest.settle()

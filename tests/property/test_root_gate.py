@@ -52,6 +52,13 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
         "guest": {"address": str(guest), "mac": validate.mac_of(guest)},
         "isolate": draw(st.booleans()),
         "announce_port": draw(st.integers(1, 65535)),
+        "nat": draw(st.booleans()),
+        "guest_host_ports": draw(st.lists(st.integers(1, 65535), max_size=32)),
+        "limits": {
+            "vcpu": draw(st.integers(1, 32)),
+            "memory_mib": draw(st.integers(128, 1 << 20)),
+        },
+        "jail": draw(st.booleans()),
     }
 
 
@@ -76,7 +83,7 @@ def holder(params: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def test_right_params_pass_and_survive_the_ledger(params: dict[str, Any]) -> None:
     plan = validate.parse_prepare(params)
     assert validate.format_plan(plan) == params
-    assert len(plan.tap) <= 15
+    assert len(plan.own_tap) <= 15
     assert len(plan.bridge.name) <= 15
 
 
@@ -85,7 +92,7 @@ def test_right_params_pass_and_survive_the_ledger(params: dict[str, Any]) -> Non
 def test_unknown_field_is_refused_wherever_it_is(
     params: dict[str, Any], data: st.DataObject
 ) -> None:
-    where = data.draw(st.sampled_from([params, params["bridge"], params["guest"]]))
+    where = data.draw(st.sampled_from([params, params["bridge"], params["guest"], params["limits"]]))
     name = data.draw(st.text().filter(lambda n: n not in where))
     where[name] = data.draw(values)
     with pytest.raises(HelperError) as caught:

@@ -33,8 +33,8 @@ def test_every_line_is_one_element_of_our_tables(params: dict[str, Any], verb: s
 def test_interface_names_are_quoted_and_nothing_else(params: dict[str, Any]) -> None:
     plan = parse(params)
     text = "".join(e.format("create") for e in nft.build_elements(plan))
-    assert set(re.findall(r'"([^"]*)"', text)) <= {plan.tap, plan.bridge.name}
-    assert plan.tap not in re.sub(r'"[^"]*"', "", text)
+    assert set(re.findall(r'"([^"]*)"', text)) <= {plan.own_tap, plan.bridge.name}
+    assert plan.own_tap not in re.sub(r'"[^"]*"', "", text)
 
 
 @unhurried
@@ -43,7 +43,7 @@ def test_a_lease_takes_back_its_own_elements_only(
     first: dict[str, Any], second: dict[str, Any]
 ) -> None:
     one, other = parse(first), parse(second)
-    assume(one.tap != other.tap)
+    assume(one.own_tap != other.own_tap)
     theirs = frozenset(nft.build_elements(other))
     ours = frozenset(nft.build_elements(one))
     if one.address == other.address:

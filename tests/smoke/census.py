@@ -1,84 +1,184 @@
-"""What banger holds on a host: processes, links, nft elements, cgroups, mounts, files.
+"""What banger holds on a host: processes, links, nft elements, cgroups, mounts, sockets, files, rows.
 
-Read from the kernel and the system's own tools, never from banger, so that it can judge what banger
-says. Runs in the nested host: standard library only.
+Read from the kernel, the system's own tools and the files themselves, never from banger, so that it
+can judge what banger says. A census is a multiset: what is the same in kind counts, however it is
+numbered, so that a VM that was started anew is no difference. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import socket
+import sqlite3
+import struct
 import subprocess
+import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+STATE = Path("/var/lib/banger")
+RUNTIME = Path("/run/banger")
+HELPER_RUNTIME = Path("/run/banger-root")
+JAILS = Path("/var/lib/banger-root/jail")
+DNS_PORT = 42069
+# Taps that wait for a VM are capacity, not leftovers.
+_POOLED = re.compile(r"tap-pool-\d+")
+_TAP = re.compile(r"tap-(fc|pool)-[0-9a-f]+")
 
 
-def vmm_processes() -> list[str]:
-    """Every process that runs a VMM, by its program file."""
-    found = []
+def vmm_processes() -> dict[int, str]:
+    """Every process that runs a VMM: pid and program file."""
+    found = {}
     for exe in Path("/proc").glob("[0-9]*/exe"):
         try:
-            program = os.readlink(exe)
+            program = exe.readlink()
         except OSError:  # a kernel thread, or it ended just now
             continue
-        if Path(program.removesuffix(" (deleted)")).name.startswith(("firecracker", "qemu-system")):
-            found.append(f"process {exe.parent.name} {program}")
+        if program.name.removesuffix(" (deleted)").startswith(("firecracker", "qemu-system")):
+            found[int(exe.parent.name)] = str(program)
     return found
 
 
-def links() -> list[str]:
-    """Network links, without the bridge itself, which stays for the next VM."""
-    rows = json.loads(_output("ip", "-j", "-d", "link", "show"))
-    return [
-        f"link {row['ifname']}"
-        for row in rows
-        if row.get("linkinfo", {}).get("info_kind") != "bridge"
-    ]
+def banger_processes() -> Iterator[str]:
+    """Daemons, helpers and what else runs from banger's programs, by their command lines."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(word in ("-m", "--serve") for word in words) or any("bangerd" in w for w in words):
+            names = [Path(word).name for word in words if "banger" in word]
+            if names:
+                yield f"process {' '.join(names)}"
 
 
-def nft_elements() -> list[str]:
-    """Elements of the sets in banger's tables."""
-    document = json.loads(_output("nft", "-j", "list", "ruleset"))
+def links() -> Iterator[str]:
+    """Network links, without the bridge itself, which stays for the next VM, and pooled taps."""
+    for row in json.loads(_output("ip", "-j", "-d", "link", "show")):
+        if row.get("linkinfo", {}).get("info_kind") == "bridge":
+            continue
+        if not _POOLED.fullmatch(row["ifname"]):
+            yield f"link {row['ifname']}"
+
+
+def ruleset() -> list[dict[str, Any]]:
+    """Everything in nftables, as its own JSON."""
+    entries: list[dict[str, Any]] = json.loads(_output("nft", "-j", "list", "ruleset"))["nftables"]
+    return entries
+
+
+def nft_elements(family: str, name: str) -> list[Any]:
+    """Elements of one set of banger's table of that family; empty when there is no such set."""
     return [
-        f"element of {entry['set']['table']} {entry['set']['name']}: {element}"
-        for entry in document["nftables"]
-        if "set" in entry and entry["set"]["table"] == "banger"
+        element
+        for entry in ruleset()
+        if "set" in entry
+        and (entry["set"]["table"], entry["set"]["family"]) == ("banger", family)
+        and entry["set"]["name"] == name
         for element in entry["set"].get("elem", [])
     ]
 
 
-def cgroups() -> list[str]:
+def _all_elements() -> Iterator[str]:
+    for entry in ruleset():
+        if "set" in entry and entry["set"]["table"] == "banger":
+            for element in entry["set"].get("elem", []):
+                text = _TAP.sub("tap", json.dumps(element))
+                yield f"element of {entry['set']['name']}: {text}"
+
+
+def cgroups() -> Iterator[str]:
     """Control groups of VMs, wherever the hierarchy puts them."""
     root = Path("/sys/fs/cgroup")
-    found = [*root.glob("**/banger-vm-*"), *root.glob("banger/*/cgroup.procs")]
-    return [f"cgroup {path.relative_to(root)}" for path in found]
+    for path in [*root.glob("**/banger-vm-*"), *root.glob("**/banger/*/cgroup.procs")]:
+        yield f"cgroup {path.relative_to(root)}"
 
 
-def mounts() -> list[str]:
-    """Mount points."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [f"mount {line.split()[4]}" for line in lines]
+def mounts() -> Iterator[str]:
+    """Mount points of the host's own namespace."""
+    for line in Path("/proc/1/mountinfo").read_text().splitlines():
+        yield f"mount {line.split()[4]}"
 
 
-def vm_files() -> list[str]:
-    """Files of VMs in the state and runtime directories, leases included."""
-    roots = (
-        Path(os.environ["XDG_STATE_HOME"]) / "banger" / "vms",
-        Path(os.environ["XDG_RUNTIME_DIR"]) / "banger" / "vms",
-        Path(os.environ["XDG_RUNTIME_DIR"]) / "banger" / "leases",
+def sockets() -> Iterator[str]:
+    """Unix sockets with a path that listen (flag __SO_ACCEPTCON of /proc/net/unix)."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split()
+        if len(words) == 8 and int(words[3], 16) & 0x10000 and "banger" in words[7]:
+            yield f"socket {words[7]}"
+
+
+def files() -> Iterator[str]:
+    """Directories of VMs and jails, leases, and the host keys that are known."""
+    for root in (STATE / "vms", RUNTIME / "vms", JAILS / "firecracker"):
+        yield from (f"directory {path}" for path in root.glob("*"))
+    # The ledger's own lock is not a lease.
+    yield from (f"lease {path.stem}" for path in (HELPER_RUNTIME / "leases").glob("*.json"))
+    known = STATE / "ssh" / "known_hosts"
+    if known.is_file():
+        yield from (f"known host {line.split()[0]}" for line in known.read_text().splitlines())
+
+
+def rows() -> Iterator[str]:
+    """VMs in the database, from a copy: reading it in place would make files of root's there."""
+    if not (STATE / "banger.db").is_file():
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        for path in STATE.glob("banger.db*"):
+            shutil.copy(path, directory)
+        connection = sqlite3.connect(Path(directory) / "banger.db")
+        try:
+            for (vm_id,) in connection.execute("SELECT id FROM vms"):
+                yield f"row {vm_id}"
+        finally:
+            connection.close()
+
+
+def take_census() -> Counter[str]:
+    """Everything above; what one has more than another came in between."""
+    parts: tuple[Iterable[str], ...] = (
+        (f"process {Path(program).name}" for program in vmm_processes().values()),
+        banger_processes(),
+        links(),
+        _all_elements(),
+        cgroups(),
+        mounts(),
+        sockets(),
+        files(),
+        rows(),
     )
-    return [
-        f"file {path}"
-        for root in roots
-        for path in sorted(root.glob("*"))
-        # The ledger's own lock is not a lease.
-        if not (root.name == "leases" and path.suffix != ".json")
-    ]
+    return Counter(line for part in parts for line in part)
 
 
-def take_census() -> set[str]:
-    """Everything above; the difference of two is what happened in between."""
-    parts = (vmm_processes, links, nft_elements, cgroups, mounts, vm_files)
-    return {line for part in parts for line in part()}
+def dns_address(name: str, timeout_s: float = 20) -> str | None:
+    """What banger's own server answers for `<name>.vm` (RFC 1035 §4): an address, or None.
+
+    Raises:
+        OSError: nobody listens there, or no answer came.
+        ValueError: the answer is not one to this question.
+    """
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in (name, "vm"))
+    question = labels + b"\0" + struct.pack(">HH", 1, 1)
+    ident = os.urandom(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(timeout_s)
+        s.connect(("127.0.0.1", DNS_PORT))
+        s.send(ident + struct.pack(">HHHHH", 0x0100, 1, 0, 0, 0) + question)
+        answer = s.recv(4096)
+    if answer[:2] != ident or question not in answer:
+        raise ValueError(f"not an answer to {name}.vm: {answer.hex()}")
+    count = struct.unpack_from(">H", answer, 6)[0]
+    if count == 0:
+        return None
+    # One A record; its data are the last four bytes unless an OPT record follows, which needs EDNS.
+    return socket.inet_ntoa(answer[-4:]) if answer[3] & 0x0F == 0 else None
 
 
 def _output(*argv: str) -> bytes:

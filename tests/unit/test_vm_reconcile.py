@@ -159,6 +159,7 @@ async def test_lease_without_a_row_is_released(world: World) -> None:
         LeasePlan(
             vm_id="e" * 32, bridge_name="br-fc", bridge_address="172.16.0.1", bridge_prefix=24,
             guest_address="172.16.0.9", isolate=True, announce_port=7001,
+            vcpu=1, memory_mib=256,
         )
     )  # fmt: skip
     await world.crash()

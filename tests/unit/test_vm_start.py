@@ -320,7 +320,7 @@ async def test_emulated_guest_gets_three_times_as_long(world: World) -> None:
     capabilities = world.driver.capabilities
     world.driver.capabilities = msgspec.structs.replace(capabilities, emulated=True)
     vm = await world.create("web", start=False)
-    plan = start_module._plan(
+    plan = await start_module._plan(
         world.ctx, vm, world.image, get_kernel(world.paths, vm.kernel), world.driver
     )
     assert plan.ready_timeout_s == 90

@@ -173,3 +173,17 @@ func xattrCall(number uintptr, path, name string, value []byte) (int, error) {
 		uintptr(first), uintptr(len(value)), 0, 0)
 	return int(n), noError(errno)
 }
+
+// CoarseRealtime is the clock that file times are taken from, in nanoseconds since 1970.
+//
+// Source: clock_gettime(2), CLOCK_REALTIME_COARSE.
+func CoarseRealtime() int64 {
+	const clockRealtimeCoarse = 5
+	var ts syscall.Timespec
+	_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_GETTIME, clockRealtimeCoarse,
+		uintptr(unsafe.Pointer(&ts)), 0)
+	if errno != 0 {
+		return time.Now().UnixNano()
+	}
+	return ts.Nano()
+}

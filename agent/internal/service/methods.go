@@ -19,6 +19,7 @@ func (c *call) dispatch() error {
 		"hello":     (*call).hello,
 		"health":    (*call).health,
 		"ports":     (*call).ports,
+		"stat":      (*call).stat,
 		"stats":     (*call).stats,
 		"sync":      (*call).sync,
 		"time":      (*call).time,
@@ -30,6 +31,7 @@ func (c *call) dispatch() error {
 		"exec":     (*call).exec,
 		"put":      (*call).put,
 		"get":      (*call).get,
+		"scan":     (*call).scan,
 		"dial":     (*call).dial,
 		"shutdown": (*call).shutdown,
 	}

@@ -1,9 +1,13 @@
 package service
 
 import (
+	"errors"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,15 +42,18 @@ func (c *call) exec() error {
 
 func (c *call) put() error {
 	var p struct {
-		Path  string      `json:"path"`
-		Mode  string      `json:"mode"`
-		Owner *tree.Owner `json:"owner"`
+		Path   string      `json:"path"`
+		Mode   tree.Mode   `json:"mode"`
+		Owner  *tree.Owner `json:"owner"`
+		Report bool        `json:"report"`
 	}
 	if err := c.params(&p); err != nil {
 		return err
 	}
-	if p.Mode != "replace" && p.Mode != "merge" {
-		return wire.Errorf(wire.BadRequest, "put: mode %q is neither replace nor merge", p.Mode)
+	switch p.Mode {
+	case tree.Replace, tree.New, tree.Merge, tree.Update:
+	default:
+		return wire.Errorf(wire.BadRequest, "put: mode %q is none of replace, new, merge, update", p.Mode)
 	}
 	if err := c.stream(); err != nil {
 		c.Log("put: answering: %v", err)
@@ -54,7 +61,11 @@ func (c *call) put() error {
 	}
 	out := wire.NewFrameWriter(c.conn)
 	data := wire.NewDataReader(wire.NewFrameReader(c.in))
-	counts, err := tree.Put(p.Path, data, p.Owner, p.Mode == "replace")
+	o := tree.Options{Mode: p.Mode, Owner: p.Owner}
+	if p.Report {
+		o.Report = wire.NewDataWriter(out)
+	}
+	counts, err := tree.PutWith(p.Path, data, o)
 	c.finish(out, counts, err)
 	if err != nil {
 		// The client may be sending still, and reads the error only afterwards.
@@ -66,23 +77,99 @@ func (c *call) put() error {
 
 func (c *call) get() error {
 	var p struct {
+		Path  string `json:"path"`
+		Names bool   `json:"names"`
+	}
+	if err := c.params(&p); err != nil {
+		return err
+	}
+	return c.send("get", func(w io.Writer) (tree.Counts, error) {
+		if !p.Names {
+			return tree.Get(p.Path, w)
+		}
+		names, err := readNames(wire.NewDataReader(wire.NewFrameReader(c.in)))
+		if err != nil {
+			return tree.Counts{}, err
+		}
+		return tree.GetNames(p.Path, names, w)
+	})
+}
+
+// maxNames bounds the memory for a list of names, in bytes.
+const maxNames = 256 << 20
+
+// readNames reads names that are each ended by NUL.
+func readNames(r io.Reader) ([]string, error) {
+	text, err := io.ReadAll(io.LimitReader(r, maxNames+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxNames || len(text) > 0 && text[len(text)-1] != 0 {
+		return nil, wire.Errorf(wire.BadRequest, "get: the list of names is too long or cut")
+	}
+	if len(text) == 0 {
+		return nil, nil
+	}
+	return strings.Split(string(text[:len(text)-1]), "\x00"), nil
+}
+
+func (c *call) scan() error {
+	var p struct {
 		Path string `json:"path"`
 	}
 	if err := c.params(&p); err != nil {
 		return err
 	}
+	return c.send("scan", func(w io.Writer) (tree.Counts, error) { return tree.Scan(p.Path, w) })
+}
+
+// send answers with a stream of data and its result.
+func (c *call) send(method string, write func(io.Writer) (tree.Counts, error)) error {
 	if err := c.stream(); err != nil {
-		c.Log("get: answering: %v", err)
+		c.Log("%s: answering: %v", method, err)
 		return nil
 	}
 	out := wire.NewFrameWriter(c.conn)
 	data := wire.NewDataWriter(out)
-	counts, err := tree.Get(p.Path, data)
+	counts, err := write(data)
 	if err == nil {
 		err = data.Close()
 	}
 	c.finish(out, counts, err)
 	return nil
+}
+
+// stat tells what a path leads to, links followed.
+func (c *call) stat() (any, error) {
+	var p struct {
+		Path string `json:"path"`
+	}
+	if err := c.params(&p); err != nil {
+		return nil, err
+	}
+	if !filepath.IsAbs(p.Path) {
+		return nil, wire.Errorf(wire.BadRequest, "stat: path %q is not absolute", p.Path)
+	}
+	real, err := filepath.EvalSymlinks(p.Path)
+	var info os.FileInfo
+	if err == nil {
+		info, err = os.Stat(real)
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, wire.Errorf(wire.NotFound, "stat: %s does not exist", p.Path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	kind := "other"
+	switch {
+	case info.IsDir():
+		kind = "directory"
+	case info.Mode().IsRegular():
+		kind = "file"
+	}
+	return map[string]any{"kind": kind, "path": real, "size": info.Size(),
+		"mode": uint32(info.Mode().Perm())}, nil
 }
 
 // finish ends a stream with its result or error.

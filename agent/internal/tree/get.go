@@ -42,6 +42,7 @@ type inode struct{ dev, ino uint64 }
 type packer struct {
 	tar    *tar.Writer
 	links  map[inode]string // first names of files with several
+	plain  bool
 	counts Counts
 	buf    []byte
 }
@@ -75,26 +76,76 @@ func (p *packer) root(path string) error {
 
 // directory packs what is in the directory fd, in the order of names.
 func (p *packer) directory(fd int, prefix string, dev uint64) error {
-	again, err := kernel.Openat(fd, ".", dirFlags, 0)
+	names, err := readNames(fd)
 	if err != nil {
 		return err
 	}
-	dir := os.NewFile(uintptr(again), prefix)
-	names, err := dir.Readdirnames(-1)
-	dir.Close()
-	if err != nil {
-		return err
-	}
-	slices.Sort(names)
 	for _, name := range names {
-		if strings.HasPrefix(name, stagingPrefix) {
-			continue // half of a put that runs, or ran
-		}
 		if err := p.entry(fd, name, prefix+name, dev); err != nil {
 			if errors.Is(err, syscall.ENOENT) {
 				continue // removed since the directory was read
 			}
 			return fmt.Errorf("%s: %w", prefix+name, err)
+		}
+	}
+	return nil
+}
+
+// sortedNames reads and closes a directory. Half of a put that runs, or ran, is left out.
+func sortedNames(dir *os.File) ([]string, error) {
+	names, err := dir.Readdirnames(-1)
+	dir.Close()
+	if err != nil {
+		return nil, err
+	}
+	names = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, stagingPrefix) })
+	slices.Sort(names)
+	return names, nil
+}
+
+// GetNames is Get for some files of the directory path: names are relative to it, a directory
+// stands for all that is below it. What is not there, or only through a link, is left out. Every
+// file is a member with its content: no hard links, no extended attributes.
+func GetNames(path string, names []string, w io.Writer) (Counts, error) {
+	if _, err := splitPath(path); err != nil {
+		return Counts{}, err
+	}
+	p := &packer{tar: tar.NewWriter(w), plain: true, buf: make([]byte, 256<<10)}
+	if err := p.some(path, names); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return p.counts, wire.Errorf(wire.NotFound, "get: %s does not exist", path)
+		}
+		return p.counts, fmt.Errorf("get from %s: %w", path, err)
+	}
+	return p.counts, p.tar.Close()
+}
+
+func (p *packer) some(path string, names []string) error {
+	root, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(root)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(root, &st); err != nil {
+		return err
+	}
+	from := &walker{root: root}
+	defer from.close()
+	for _, name := range names {
+		parts, err := splitName(name)
+		if err != nil || len(parts) == 0 {
+			return wire.Errorf(wire.BadRequest, "get: the name %q is not allowed", name)
+		}
+		dir, err := from.enter(strings.Join(parts[:len(parts)-1], "/"))
+		if err == nil {
+			err = p.entry(dir, parts[len(parts)-1], strings.Join(parts, "/"), st.Dev)
+		}
+		if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
 	return nil
@@ -147,7 +198,7 @@ func (p *packer) subdirectory(dir int, name string, h *tar.Header, dev uint64) e
 		return err
 	}
 	h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"
-	addXattrs(h, fd)
+	p.addXattrs(h, fd)
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
@@ -177,7 +228,7 @@ func (p *packer) regular(dir int, name string, h *tar.Header, st syscall.Stat_t)
 		return syscall.ENOENT // replaced since it was looked at
 	}
 	h.Size = now.Size
-	addXattrs(h, fd)
+	p.addXattrs(h, fd)
 	p.counts.Files++
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
@@ -210,7 +261,7 @@ func notMissing(err error) error {
 
 // linked makes h a hard link when the file was packed before under another name.
 func (p *packer) linked(h *tar.Header, st syscall.Stat_t) bool {
-	if st.Nlink < 2 {
+	if st.Nlink < 2 || p.plain {
 		return false
 	}
 	key := inode{st.Dev, st.Ino}
@@ -225,7 +276,10 @@ func (p *packer) linked(h *tar.Header, st syscall.Stat_t) bool {
 
 // addXattrs reads the extended attributes that mean something elsewhere: overlayfs keeps its own
 // bookkeeping in trusted.overlay, and ACLs have a form of their own in tar.
-func addXattrs(h *tar.Header, fd int) {
+func (p *packer) addXattrs(h *tar.Header, fd int) {
+	if p.plain {
+		return
+	}
 	path := kernel.FdPath(fd)
 	list, err := kernel.Listxattr(path)
 	if err != nil || len(list) == 0 {

@@ -38,17 +38,48 @@ var staging = struct {
 	names map[string]bool
 }{names: map[string]bool{}}
 
-// Put unpacks the tar read from r at path, an absolute path. With replace the tree is built beside
-// the target and renamed over it at the end; else members are laid over what is there, each file
-// replaced atomically. A nil owner keeps the owners of the tar.
-//
-// Errors: bad_request for a member that is not allowed, connection_lost from r, operation_failed.
+// Mode is how a tar meets what is at the target.
+type Mode string
+
+const (
+	// Replace builds the tree beside the target and renames it over the target at the end.
+	Replace Mode = "replace"
+	// New is Replace of a target that does not exist or is an empty directory.
+	New Mode = "new"
+	// Merge lays members over what is there, each file replaced atomically.
+	Merge Mode = "merge"
+	// Update receives the whole tar beside the target, then moves its members into the target. A
+	// character device 0:0 removes the file of its name. What the tar does not name stays.
+	Update Mode = "update"
+)
+
+// Options of a Put.
+type Options struct {
+	Mode  Mode
+	Owner *Owner // nil keeps the owners of the tar
+	// Report gets one record for each counted member, in their order; see appendRecord.
+	Report io.Writer
+}
+
+// Put is PutWith for a Replace or a Merge without a report.
 func Put(path string, r io.Reader, owner *Owner, replace bool) (Counts, error) {
+	o := Options{Mode: Merge, Owner: owner}
+	if replace {
+		o.Mode = Replace
+	}
+	return PutWith(path, r, o)
+}
+
+// PutWith unpacks the tar read from r at path, an absolute path.
+//
+// Errors: bad_request for a member that is not allowed, already_exists for New, not_found for
+// Update, connection_lost from r, operation_failed.
+func PutWith(path string, r io.Reader, o Options) (Counts, error) {
 	parts, err := splitPath(path)
 	if err != nil {
 		return Counts{}, err
 	}
-	if replace && len(parts) == 0 {
+	if o.Mode != Merge && len(parts) == 0 {
 		return Counts{}, wire.Errorf(wire.BadRequest, "put: / cannot be replaced")
 	}
 	root, err := kernel.Openat(-100, "/", dirFlags, 0)
@@ -56,11 +87,19 @@ func Put(path string, r io.Reader, owner *Owner, replace bool) (Counts, error) {
 		return Counts{}, fmt.Errorf("put into %s: %w", path, err)
 	}
 	defer syscall.Close(root)
-	u := &unpacker{owner: owner, privileged: os.Geteuid() == 0}
-	if replace {
-		err = u.replace(root, parts, r)
-	} else {
+	u := &unpacker{owner: o.Owner, privileged: os.Geteuid() == 0, report: o.Report != nil}
+	switch o.Mode {
+	case Merge:
 		err = u.merge(root, parts, r)
+	case Replace, New:
+		err = u.replace(root, parts, r, o.Mode == New)
+	case Update:
+		err = u.update(root, parts, r)
+	default:
+		err = wire.Errorf(wire.BadRequest, "put: mode %q is none of replace, new, merge, update", o.Mode)
+	}
+	if err == nil && u.report {
+		err = u.sendReport(o.Report)
 	}
 	if err != nil {
 		var already *wire.Error
@@ -82,13 +121,20 @@ func (u *unpacker) merge(root int, parts []string, r io.Reader) error {
 	return u.unpack(r)
 }
 
-func (u *unpacker) replace(root int, parts []string, r io.Reader) error {
+func (u *unpacker) replace(root int, parts []string, r io.Reader, onlyNew bool) error {
 	parent, err := openDir(root, parts[:len(parts)-1], u.makeParent)
 	if err != nil {
 		return err
 	}
 	defer syscall.Close(parent)
 	target := parts[len(parts)-1]
+	if onlyNew {
+		// rmdir(2) tells an empty directory from everything that somebody may need.
+		err := kernel.Unlinkat(parent, target, kernel.AtRemovedir)
+		if err != nil && err != syscall.ENOENT {
+			return wire.Errorf(wire.AlreadyExists, "put: /%s exists already", strings.Join(parts, "/"))
+		}
+	}
 	temp, release := newStaging(parent)
 	defer release()
 	if err := u.makeParent(parent, temp); err != nil {
@@ -110,7 +156,12 @@ func (u *unpacker) replace(root int, parts []string, r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	if err := swap(parent, temp, target); err != nil {
+	if onlyNew {
+		err = kernel.Renameat2(parent, temp, parent, target, kernel.RenameNoreplace)
+	} else {
+		err = swap(parent, temp, target)
+	}
+	if err != nil {
 		return fmt.Errorf("renaming over %s: %w", target, err)
 	}
 	swapped = true
@@ -180,7 +231,13 @@ type unpacker struct {
 	owner      *Owner
 	atomic     bool // files appear by rename: someone may be using the tree
 	privileged bool
+	report     bool
+	updating   bool // whiteouts are known, and directories get their modes only at the target
 	counts     Counts
+	records    []byte   // of placed members, for the report
+	newest     int64    // change time of the newest of them, ns
+	placed     []string // when updating: the counted members, in their order
+	removed    []string // when updating: names of whiteouts
 
 	// The directory of the last member: neighbours in a tar mostly share theirs.
 	parentName string
@@ -219,6 +276,9 @@ func (u *unpacker) unpack(r io.Reader) error {
 	if _, err := io.Copy(io.Discard, r); err != nil {
 		return tarError(err)
 	}
+	if u.updating {
+		return nil
+	}
 	return u.finishDirs()
 }
 
@@ -255,7 +315,14 @@ func (u *unpacker) member(h *tar.Header, content io.Reader) error {
 		u.dirs = append(u.dirs, h)
 		return u.directory(dir, name)
 	}
+	if u.updating && h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
+		u.removed = append(u.removed, strings.Join(parts, "/"))
+		return nil
+	}
 	u.counts.Files++
+	if u.updating {
+		u.placed = append(u.placed, strings.Join(parts, "/"))
+	}
 	place := func(create func(name string) error) error { return u.place(dir, name, create) }
 	switch h.Typeflag {
 	case tar.TypeReg, tar.TypeGNUSparse:
@@ -324,8 +391,16 @@ func (u *unpacker) directory(dir int, name string) error {
 	return syscall.Mkdirat(dir, name, 0o700)
 }
 
-// place makes a member that is no directory. In a tree in use it gets a temporary name first.
+// place makes a member that is no directory.
 func (u *unpacker) place(dir int, name string, create func(name string) error) error {
+	if err := u.create(dir, name, create); err != nil || !u.report || u.updating {
+		return err
+	}
+	return u.record(dir, name)
+}
+
+// create makes a file. In a tree in use it gets a temporary name first.
+func (u *unpacker) create(dir int, name string, create func(name string) error) error {
 	if !u.atomic {
 		err := create(name)
 		if !errors.Is(err, syscall.EEXIST) {

@@ -40,6 +40,7 @@ class CreateVm(Params, frozen=True, kw_only=True):
     disk_bytes: int
     overlay_bytes: int
     name: str | None = None
+    nat: bool = False
     start: bool = True
     allow_overcommit: bool = False
 
@@ -71,6 +72,7 @@ class SetVm(Params, frozen=True, kw_only=True):
     memory_mib: int | None = None
     disk_bytes: int | None = None
     overlay_bytes: int | None = None
+    nat: bool | None = None
 
 
 class VmLogs(Params, frozen=True, kw_only=True):
@@ -94,3 +96,10 @@ class BuildImage(Params, frozen=True, kw_only=True):
 class PullKernel(Params, frozen=True, kw_only=True):
     name: str
     force: bool = False
+
+
+class Doctor(Params, frozen=True, kw_only=True):
+    """What `daemon.doctor` does beside looking: give back what no VM uses, try a lease."""
+
+    sweep: bool = False
+    try_lease: bool = False

@@ -33,6 +33,9 @@ class DaemonStatus(Wire, frozen=True, kw_only=True):
     vms_running: int
     network: str
     network_note: str | None
+    dns: str | None
+    """Where `.vm` names are answered; None while they are not."""
+    dns_note: str | None
     vmm: VmmVerdict
 
 

@@ -40,6 +40,7 @@ def status(guest: GuestCommand, as_json: bool) -> None:
         ("memory", f"{s.rss_bytes / MIB:.1f} MiB"),
         ("running VMs", str(s.vms_running)),
         ("network", s.network + (f": {s.network_note}" if s.network_note else "")),
+        ("names", (s.dns or "not answered") + (f": {s.dns_note}" if s.dns_note else "")),
         ("vmm", vmm),
         ("kvm", "usable" if s.vmm.kvm_usable else "not usable"),
         *(("", line) for line in s.vmm.evidence),

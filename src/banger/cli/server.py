@@ -1,6 +1,7 @@
 """The daemon as the command line sees it: started when absent, replaced when of another version.
 
-Two first commands start one daemon: the second waits for the lock, then finds the first's.
+Two first commands start one daemon: the second waits for the lock, then finds the first's. The
+daemon of a system installation is systemd's: it is never started, replaced or ended from here.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ import contextlib
 import fcntl
 import os
 import select
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from banger.api.params import Empty
 from banger.api.results import Pong
-from banger.config.paths import Paths
+from banger.config.program import module_command
+from banger.config.target import SYSTEM, choose_paths
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.rpc import client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from banger.config.paths import Paths
+    from banger.config.system_paths import SystemPaths
 
 T = TypeVar("T")
 
@@ -32,9 +36,13 @@ _START_S = 60.0
 class Server:
     """Calls to this user's daemon. Makes the connection per call; holds nothing."""
 
+    def __init__(self, system: SystemPaths = SYSTEM) -> None:
+        self._system = system
+
     @cached_property
     def paths(self) -> Paths:
-        return Paths.user_mode()
+        """The installation that is meant (spec 1.1). Raises BangerError as `choose_paths`."""
+        return choose_paths(self._system)
 
     @property
     def socket(self) -> Path:
@@ -53,9 +61,7 @@ class Server:
 
     def stream(self, method: str, params: Any, on_event: client.OnEvent) -> client.StreamingCall:
         return self._with_daemon(
-            lambda: client.StreamingCall(
-                self.socket, method, params, on_event, state=self.paths.state
-            )
+            lambda: BuildingCall(self.socket, method, params, on_event, state=self.paths.state)
         )
 
     def find(self, method: str, params: Any, result: type[T], *, timeout_s: float) -> T | None:
@@ -68,10 +74,16 @@ class Server:
     def _with_daemon(self, action: Callable[[], T]) -> T:
         try:
             return action()
-        except client.DaemonAbsent:
+        except client.DaemonAbsent as e:
+            if self.paths.mode == "system":
+                raise _service_absent(self.paths) from e
             self._start()
         except BangerError as e:
             if e.code != "bad_version":
+                raise
+            if self.paths.mode == "system":
+                # Only root may replace a service, and its VMs run on meanwhile.
+                e.hint = "sudo banger system restart"
                 raise
             self._replace()
         return action()
@@ -101,7 +113,7 @@ class Server:
         )
         try:
             spawn_detached(
-                [sys.executable, "-m", "banger.daemon.main", "--ready-fd", str(write)],
+                [*module_command("banger.daemon.main"), "--ready-fd", str(write)],
                 cwd=Path("/"),
                 output=errors,
                 env=self._environment(host_environment()),
@@ -137,13 +149,61 @@ class Server:
         self._start()
 
     def stop(self) -> bool:
-        """End the daemon; False when none runs. Raises BangerError when it is busy."""
+        """End the daemon; False when none runs. Raises BangerError when it is busy or a service."""
+        if self.paths.mode == "system":
+            raise BangerError(
+                "operation_failed",
+                "stopping the daemon: it is a service of this host, which `banger system` looks "
+                "after; VMs run on while it restarts",
+                hint="sudo banger system restart",
+                reason="unsupported",
+            )
         try:
             pong = client.call(self.socket, "shutdown", Empty(), Pong, state=self.paths.state)
         except client.DaemonAbsent:
             return False
         _wait_for_end(pong.pid)
         return True
+
+
+class BuildingCall(client.StreamingCall):
+    """A streaming call that the daemon may interrupt because an image has to be built outside.
+
+    A service without new privileges cannot make the user namespaces that an image's build needs. It
+    says so; we, who are the same user outside of it, build into its cache and ask once more.
+    """
+
+    def __init__(
+        self, path: Path, method: str, params: Any, on_event: client.OnEvent, *, state: Path
+    ) -> None:
+        super().__init__(path, method, params, on_event, state=state)
+        self._again = lambda: super(BuildingCall, self).__init__(
+            path, method, params, on_event, state=state
+        )
+        self._asked_for = params
+
+    def result(self, kind: type[T]) -> T:
+        """As `StreamingCall.result`, with a build on the way where one is needed."""
+        try:
+            return super().result(kind)
+        except BangerError as e:
+            if e.reason != "build_outside":
+                raise
+            from banger.cli.build_outside import build_outside
+
+            self.close()
+            build_outside(e, self._asked_for, self._on_event)
+        self._again()
+        return super().result(kind)
+
+
+def _service_absent(paths: Paths) -> BangerError:
+    there = paths.runtime.exists()
+    return BangerError(
+        "not_found",
+        f"the service bangerd does not run (nothing listens at {paths.daemon_socket})",
+        hint="sudo banger system restart" if there else "sudo systemctl start bangerd",
+    )
 
 
 def _wait_for_end(pid: int) -> None:

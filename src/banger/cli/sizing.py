@@ -52,9 +52,9 @@ class Duration(click.ParamType[float]):
 
 @functools.cache
 def settings() -> Settings:
-    from banger.config.paths import Paths
+    from banger.config.target import choose_paths
 
-    return read_settings(Paths.user_mode().config_file)
+    return read_settings(*choose_paths().config_files)
 
 
 @functools.cache
@@ -96,8 +96,9 @@ def resolve(
     )
 
 
-def spec_line(size: Sizing, image: str) -> str:
+def spec_line(size: Sizing, image: str, *, nat: bool) -> str:
+    """The first line on stderr: exactly what will be created (spec 1.2)."""
     return (
         f"spec: {size.vcpu} vCPU | {size.memory_mib} MiB | disk {format_size(size.disk_bytes)} | "
-        f"image {image} | nat off"
+        f"image {image} | nat {'on' if nat else 'off'}"
     )

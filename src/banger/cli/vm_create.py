@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     "--image", type=IMAGE, help="Image to boot [default_image_name of the configuration]."
 )
 @sizing.sizing_options
+@click.option("--nat", is_flag=True, help="Let it reach the outside through this host.")
 @click.option("--no-start", is_flag=True, help="Only create it.")
 @click.option("--allow-overcommit", is_flag=True, help="Start although the memory budget says no.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
@@ -38,6 +39,7 @@ def create(
     memory: int | None,
     disk_size: int | None,
     system_overlay_size: int | None,
+    nat: bool,
     no_start: bool,
     allow_overcommit: bool,
     as_json: bool,
@@ -54,7 +56,7 @@ def create(
     size = sizing.resolve(vcpu, memory, disk_size, system_overlay_size)
     image = image or sizing.settings().default_image_name
     if not quiet:
-        sys.stderr.write(sizing.spec_line(size, image) + "\n")
+        sys.stderr.write(sizing.spec_line(size, image, nat=nat) + "\n")
     params = p.CreateVm(
         name=name,
         image=image,
@@ -62,6 +64,7 @@ def create(
         memory_mib=size.memory_mib,
         disk_bytes=size.disk_bytes,
         overlay_bytes=size.overlay_bytes,
+        nat=nat,
         start=not no_start,
         allow_overcommit=allow_overcommit,
     )

@@ -31,6 +31,7 @@ _WORKSPACE_ONLY = ("branch", "from_ref", "include_untracked", "mode", "dry_run")
     "--image", type=IMAGE, help="Image to boot [default_image_name of the configuration]."
 )
 @sizing.sizing_options
+@click.option("--nat", is_flag=True, help="Let the VM reach the outside through this host.")
 @click.option("--rm", is_flag=True, help="Delete the VM when the shell or command ends.")
 @click.option("--branch", metavar="NAME", help="Check out a new branch in the guest.")
 @click.option("--from", "from_ref", metavar="REF", help="Base of the new branch [HEAD].")
@@ -77,13 +78,14 @@ def run(guest: GuestCommand, /, path: str | None, **o: Any) -> int:
             memory_mib=size.memory_mib,
             disk_bytes=size.disk_bytes,
             overlay_bytes=size.overlay_bytes,
+            nat=o["nat"],
             allow_overcommit=o["allow_overcommit"],
         ),
         workspace=workspace,
         rm=o["rm"],
     )
     if not o["quiet"]:
-        sys.stderr.write(sizing.spec_line(size, image) + "\n")
+        sys.stderr.write(sizing.spec_line(size, image, nat=o["nat"]) + "\n")
         sys.stderr.flush()
     env = parse_env(o["env"])
     with (

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--memory", type=Size(), help="Memory.")
 @click.option("--disk-size", type=Size(), help="Room in /root; only grows.")
 @click.option("--system-overlay-size", type=Size(), help="Room for system changes; only grows.")
+@click.option("--nat/--no-nat", default=None, help="Reach the outside through this host; at once.")
 @click.pass_obj
 def set_sizes(
     guest: GuestCommand,
@@ -33,8 +34,9 @@ def set_sizes(
     memory: int | None,
     disk_size: int | None,
     system_overlay_size: int | None,
+    nat: bool | None,
 ) -> int:
-    """Change the sizes of VMs. A running VM gets them at its next start."""
+    """Change VMs: sizes at their next start, the way out (--nat) at once."""
     guest.refuse()
     server = Server()
 
@@ -45,11 +47,13 @@ def set_sizes(
             memory_mib=None if memory is None else memory // MIB,
             disk_bytes=disk_size,
             overlay_bytes=system_overlay_size,
+            nat=nat,
         )
         return server.call("vm.set", params, r.SetResult)
 
     def tell(result: r.SetResult) -> None:
-        when = " at its next start" if result.at_next_start else ""
+        later = ", ".join(result.at_next_start)
+        when = f"; at its next start: {later}" if later else ""
         sys.stdout.write(f"{result.vm.name} changed{when}\n")
 
     return each(vms, action, tell)

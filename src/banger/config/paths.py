@@ -1,26 +1,37 @@
 """Every path that banger uses on the host. No other module builds one.
 
-`Paths.user_mode()` reads the XDG variables once; the value is passed down from there.
+`Paths.user_mode()` reads the XDG variables once; `Paths.system_mode()` follows the install record.
+The value is passed down from there.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from banger.config.system_paths import SystemPaths
+
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
-    """The roots of one installation, and the names below them."""
+    """The roots of one installation, and the names below them.
+
+    `config_file` is the owner's; `system` says where what belongs to the whole host lies (user mode
+    reads its configuration file only); `owner_state` is the owner's side of system mode.
+    """
 
     state: Path
     cache: Path
     runtime: Path
     config_file: Path
+    mode: Literal["user", "system"] = "user"
+    system: SystemPaths = SystemPaths()
+    owner_state: Path | None = None
 
     @classmethod
-    def user_mode(cls) -> Paths:
+    def user_mode(cls, system: SystemPaths = SystemPaths()) -> Paths:
         """The roots of a user-mode installation (spec 3.2), from the XDG variables."""
 
         def xdg(variable: str, default: str) -> Path:
@@ -35,7 +46,29 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
             cache=xdg("XDG_CACHE_HOME", ".cache"),
             runtime=Path(runtime) / "banger" if runtime.startswith("/") else fallback,
             config_file=xdg("XDG_CONFIG_HOME", ".config") / "config.toml",
+            system=system,
         )
+
+    @classmethod
+    def system_mode(cls, system: SystemPaths, home: Path) -> Paths:
+        """The roots of the system installation (spec 3.2); `home` is its owner's.
+
+        The owner's XDG variables do not count: the service does not have them.
+        """
+        return cls(
+            state=system.state,
+            cache=system.cache,
+            runtime=system.runtime,
+            config_file=home / ".config/banger/config.toml",
+            mode="system",
+            system=system,
+            owner_state=home / ".local/state/banger",
+        )
+
+    @property
+    def config_files(self) -> tuple[Path, Path]:
+        """The host's and the owner's configuration file: a later one overrides key by key."""
+        return self.system.config_file, self.config_file
 
     # The daemon
     @property
@@ -54,7 +87,7 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def leases(self) -> Path:
         """The root helper's ledger, one file per lease."""
-        return self.runtime / "leases"
+        return self.system.ledger if self.mode == "system" else self.runtime / "leases"
 
     @property
     def database(self) -> Path:
@@ -76,7 +109,12 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bin(self) -> Path:
-        """Programs that banger fetched: firecracker, jailer."""
+        """Programs that banger fetched: firecracker, jailer. Installed ones are root's own."""
+        # The release's own directory, not the link to it: whoever runs a program as root follows
+        # no links.
+        installed = self.system.current.resolve() / "libexec"
+        if self.mode == "system" and (installed / "firecracker").exists():
+            return installed
         return self.state / "bin"
 
     @property
@@ -85,7 +123,8 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ssh_key(self) -> Path:
-        return self.ssh / "id_ed25519"
+        """The owner's key to every guest: always in the owner's own directory."""
+        return (self.owner_state or self.state) / "ssh/id_ed25519"
 
     @property
     def known_hosts(self) -> Path:

@@ -1,6 +1,7 @@
-"""The configuration file: strict, read once when the daemon starts, never written.
+"""The configuration files: strict, read once when the daemon starts, never written.
 
-Unknown keys are errors that name the file, the key and the nearest valid key.
+A later file overrides an earlier one key by key: tables merge, a list replaces. Unknown keys are
+errors that name the file, the key and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -9,17 +10,26 @@ import difflib
 import ipaddress
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from banger.errors import BangerError
 from banger.units import GIB, parse_duration, parse_size
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 # Private (RFC 1918) and shared (RFC 6598) address space.
 _PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
 
 LogLevel = Literal["debug", "info", "warn", "error"]
+
+_PATH_KEYS = ("firecracker_bin", "jailer_bin", "jailer_chroot_base", "ssh_key_path")
+# Read by what runs as root, which believes no file of the owner's.
+_HOST_KEYS = ("jailer_chroot_base",)
+_MOST_POOLED = 64
+_MOST_HOST_PORTS = 32
 
 
 class VmDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,13 +56,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_level: LogLevel = "info"
     vmm: Literal["auto", "firecracker", "qemu"] = "auto"
     firecracker_bin: str | None = None
+    jailer_bin: str | None = None
+    jailer_enabled: bool = True
+    jailer_chroot_base: str | None = None
     ssh_key_path: str | None = None
     default_image_name: str = "debian-bookworm"
     default_kernel_ref: str = "debian-6.12-cloud"
     bridge_name: str = "br-fc"
     bridge_ip: str = "172.16.0.1"
     cidr: int = 24
+    tap_pool_size: int = 4
     default_dns: tuple[str, ...] = ("1.1.1.1",)
+    dns_listen_addr: str = "127.0.0.1:42069"
+    guest_host_ports: tuple[int, ...] = ()
     vm_isolation: bool = True
     memory_budget_percent: int = 80
     disk_reserve: str = "2G"
@@ -78,6 +94,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("default_dns takes one to three addresses")
         for server in self.default_dns:
             ipaddress.ip_address(server)
+        if self.tap_pool_size > _MOST_POOLED:
+            raise ValueError(f"tap_pool_size must be {_MOST_POOLED} or less")
+        _check_loopback(self.dns_listen_addr)
+        if len(self.guest_host_ports) > _MOST_HOST_PORTS:
+            raise ValueError(f"guest_host_ports takes {_MOST_HOST_PORTS} ports at most")
+        if not all(1 <= port <= 65535 for port in self.guest_host_ports):
+            raise ValueError("guest_host_ports must be 1 to 65535")
+        for key in _PATH_KEYS:
+            value: str | None = getattr(self, key)
+            if value is not None and not value.startswith(("/", "~/")):
+                raise ValueError(f"{key} must be an absolute path or begin with ~/")
         if not 10 <= self.memory_budget_percent <= 95:
             raise ValueError("memory_budget_percent must be 10 to 95")
         parse_size(self.disk_reserve)
@@ -101,24 +128,97 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return ipaddress.IPv4Network(f"{self.bridge_ip}/{self.cidr}", strict=False)
 
 
-def read_settings(path: Path) -> Settings:
-    """The settings of a configuration file; the defaults where there is none.
+def read_settings(*files: Path, home: Path | None = None) -> Settings:
+    """The settings of these files, a later one over an earlier one; a missing file says nothing.
+
+    The last is the owner's, whose `home` is what `~/` stands for (default: our own).
 
     Raises:
-        BangerError: bad_request, naming file, key and what is allowed.
+        BangerError: bad_request, naming file, key, value and what is allowed.
     """
+    merged: dict[str, Any] = {}
+    settings = Settings()
+    for path in files:
+        layer = _read_layer(path)
+        doing = f"reading the configuration {path}"
+        for key in _HOST_KEYS:
+            if key in layer and len(files) > 1 and path == files[-1]:
+                raise BangerError(
+                    "bad_request",
+                    f"{doing}: {key} can be set for the whole host only, in {files[0]}",
+                    hint=f"$EDITOR {path}",
+                )
+        merged = merge_layers(merged, layer)
+        # After each file, so that a value that does not fit is put down to the file that has it.
+        try:
+            settings = msgspec.convert(merged, type=Settings)
+        except msgspec.ValidationError as e:
+            problem = f"{doing}: {e}{_found(str(e), merged)}{_nearest(str(e))}"
+            raise BangerError("bad_request", problem, hint=f"$EDITOR {path}") from e
+    return _expand(settings, home)
+
+
+def merge_layers(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Two documents as one: `upper` wins key by key, tables merge, everything else replaces."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            merged[key] = merge_layers(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_layer(path: Path) -> dict[str, Any]:
     doing = f"reading the configuration {path}"
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return Settings()
+        return {}
     except OSError as e:
         raise BangerError("bad_request", f"{doing}: {e.strerror}", hint=f"ls -l {path}") from e
     try:
-        return msgspec.toml.decode(text, type=Settings)
+        layer = msgspec.toml.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        problem = f"{doing}: {e}{_nearest(str(e))}"
-        raise BangerError("bad_request", problem, hint=f"$EDITOR {path}") from e
+        raise BangerError("bad_request", f"{doing}: {e}", hint=f"$EDITOR {path}") from e
+    # Two keys that may also be written in their simple form (spec 2.2).
+    if isinstance(cidr := layer.get("cidr"), str) and cidr.isascii() and cidr.isdigit():
+        layer["cidr"] = int(cidr)
+    if isinstance(layer.get("default_dns"), str):
+        layer["default_dns"] = [layer["default_dns"]]
+    return layer
+
+
+def _expand(settings: Settings, home: Path | None) -> Settings:
+    paths = {
+        key: str((home or Path.home()) / value[2:])
+        for key in _PATH_KEYS
+        if (value := getattr(settings, key)) is not None and value.startswith("~/")
+    }
+    return msgspec.structs.replace(settings, **paths) if paths else settings
+
+
+def _check_loopback(text: str) -> None:
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        good = address.is_loopback and port.isascii() and int(port) < 65536
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("dns_listen_addr must be a loopback address and a port: 127.0.0.1:42069")
+
+
+def _found(problem: str, document: Mapping[str, Any]) -> str:
+    """The value that a problem is about, where its text names a key."""
+    known = [*Settings.__struct_fields__, *VmDefaults.__struct_fields__]
+    for word in re.findall(r"[a-z_]+", problem):
+        if word in known and word != "vm_defaults":
+            for table in (document, document.get("vm_defaults")):
+                if isinstance(table, dict) and word in table:
+                    return f" (it is {table[word]!r})"
+    return ""
 
 
 def _nearest(problem: str) -> str:

@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Literal
 
 from banger import __version__
 from banger.api.results import VmmVerdict
-from banger.config.settings import read_settings
+from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
+from banger.daemon.names import Names
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.guest.announce import Announcements
 from banger.guest.config import GitIdentity
 from banger.host.host import Host
+from banger.host.lease import Bridge
 from banger.host.vmm_process import ProcessRef
 from banger.process import find_program, run_async
 from banger.ssh.keys import ensure_owner_key
 from banger.store.database import open_database
 from banger.store.vms import VmStore
 from banger.vm.context import VmContext
+from banger.vm.plan import Jailing
 from banger.vm.reconcile import reconcile
 from banger.vmm.probe import Verdict, choose_driver, probe
+from banger.vmm.programs import find_jailer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,16 +48,17 @@ log = logging.getLogger(__name__)
 class Daemon:
     """Everything that lives as long as the process."""
 
-    def __init__(self, paths: Paths, host: Host) -> None:
+    def __init__(self, paths: Paths, host: Host, settings: Settings) -> None:
         self.paths = paths
         self.started = time.monotonic()
-        self.settings = read_settings(paths.config_file)
+        self.settings = settings
         self.stopping = asyncio.Event()
         ensure_private_directory(paths.state)
         ensure_private_directory(paths.runtime)
         ensure_private_directory(paths.vms)
         self.store = VmStore(open_database(paths.database))
         self.host = host
+        self.names = Names(self.settings, host)
         self.vms = VmContext(
             paths=paths,
             settings=self.settings,
@@ -64,6 +69,8 @@ class Daemon:
             authorized_keys=lambda: (ensure_owner_key(self.ssh_key),),
             git_identity=lambda: self._git_identity,
             network=self.network,
+            jailing=self.jailing,
+            names=self.names,
         )
         self._git_identity: GitIdentity | None = None
         self._verdict: Verdict | None = None
@@ -75,8 +82,16 @@ class Daemon:
     @classmethod
     async def open(cls, paths: Paths) -> Daemon:
         """A daemon of these paths; finds out what the host lets it do."""
-        host = await Host.open(ledger=paths.leases, log=paths.state / "banger-root.log")
-        return cls(paths, host)
+        settings = read_settings(paths.config_file)
+        if paths.mode == "system":
+            host = Host.open_service(
+                paths.system.helper_socket,
+                jail_base=paths.system.jails,
+                pool_size=settings.tap_pool_size,
+            )
+        else:
+            host = await Host.open(ledger=paths.leases, log=paths.state / "banger-root.log")
+        return cls(paths, host, settings)
 
     @property
     def ssh_key(self) -> Path:
@@ -104,6 +119,19 @@ class Daemon:
         if self._driver is None:
             self._driver = choose_driver(self.settings.vmm, verdict, network=self.network)
         return self._driver
+
+    async def jailing(self) -> Jailing | None:
+        """How Firecracker is jailed: by the installed helper, unless the configuration says no.
+
+        Raises:
+            BangerError: unsupported: there is no jailer.
+        """
+        if self.host.jail_base is None or not self.settings.jailer_enabled:
+            return None
+        program = (await self.verdict()).firecracker
+        assert program is not None  # the driver was chosen by it
+        jailer = find_jailer(self.settings.jailer_bin, program.path, self.paths.bin)
+        return Jailing(base=self.host.jail_base, firecracker_bin=program.path, jailer_bin=jailer)
 
     @property
     def network(self) -> Literal["bridge", "user"]:
@@ -143,10 +171,25 @@ class Daemon:
         if all(values):
             self._git_identity = GitIdentity(name=values[0], email=values[1])
 
+    async def _sweep(self) -> None:
+        if self.host.privilege.kind != "service":
+            return
+        bridge = Bridge(
+            name=self.settings.bridge_name,
+            address=self.settings.bridge_ip,
+            prefix=self.settings.cidr,
+        )
+        try:
+            await self.host.sweep(bridge)
+        except BangerError as e:
+            log.warning("sweeping: %s", e)
+
     async def run(self, server: Server, tell_ready: Callable[[], None]) -> None:
         """Reconcile, serve until asked to stop, and leave every running VM alone."""
         self.server = server
+        await self.names.open()
         await reconcile(self.vms)
+        await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:
                 self.guard(vm.id, ProcessRef(pid=vm.owner.pid, start_time=vm.owner.start_time))
@@ -165,6 +208,7 @@ class Daemon:
         await self.vms.settle()
         await self.vms.close()
         await self.vms.announcements.close()
+        await self.names.close()
         await self.host.aclose()
         self.store.close()
         log.info("bangerd ends")

@@ -14,6 +14,7 @@ from banger import __version__
 from banger.api import params as p
 from banger.api import results as r
 from banger.daemon import runs, stored
+from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
 from banger.store.vms import now_text
@@ -50,6 +51,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "ping": method(p.Empty, _ping),
         "shutdown": method(p.Empty, _shutdown),
         "daemon.status": method(p.Empty, _status),
+        "daemon.doctor": method(p.Doctor, doctor),
         "vm.run": method(p.RunVm, runs.run, streams=True),
         "vm.create": method(p.CreateVm, _create, streams=True),
         "vm.start": method(p.StartVm, _start, streams=True),
@@ -106,7 +108,7 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
     return r.DaemonStatus(
         version=__version__,
         pid=os.getpid(),
-        mode="user",
+        mode=daemon.paths.mode,
         socket=str(daemon.paths.daemon_socket),
         log=str(daemon.paths.daemon_log),
         uptime_s=round(time.monotonic() - daemon.started, 1),
@@ -114,6 +116,8 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
         network=daemon.network,
         network_note=privilege.missing or None,
+        dns=daemon.names.listen,
+        dns_note=daemon.names.problem or daemon.names.routing_problem,
         vmm=await daemon.vmm_verdict(),
     )
 

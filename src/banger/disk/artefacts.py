@@ -74,6 +74,12 @@ def built_artefacts(
         yield target
 
 
+def find_artefacts(directory: Path, key: str) -> Path | None:
+    """The directory of the artefacts for `key` where they are there and intact, else None."""
+    target = directory / key
+    return target if _is_intact(target) else None
+
+
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove staging directories of this prefix. The caller holds the lock that their makers held.
 

@@ -1,1 +1,1 @@
-"""Room: the authoritative name server of the `.vm` zone."""
+"""The `.vm` zone: an authoritative name server on loopback for the VMs that run now."""

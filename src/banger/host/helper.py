@@ -1,9 +1,9 @@
-"""The root helper as a child process: one socket pair, one request at a time.
+"""The line to the root helper: a child of ours in user mode, a service in system mode.
 
-The child is started by the first call and again by the next one after it died; it ends when we
-close the socket. Leases belong to neither: they stay until they are released. A call that was
-begun is carried through even when the caller is cancelled, because a later call must not read the
-answer of an earlier one.
+The child has one socket pair and takes one request at a time; it is started by the first call,
+again by the next one after it died, and ends when we close the socket. The service takes a
+connection per call. Leases belong to neither: they stay until they are released. A call that was
+begun is carried through even when the caller is cancelled: what it asked for happens all the same.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from banger import process
 from banger.errors import BangerError, ErrorCode
 from banger.host.privilege import build_helper_argv
+from banger.rpc.server import current_op
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,8 +58,76 @@ class _Child:
         self.writer = writer
 
 
-class Helper:
-    """The line to the root helper; use it from one event loop."""
+class Calls:
+    """Calls under way. A subclass says how one request becomes one answer."""
+
+    def __init__(self) -> None:
+        self._calls: set[asyncio.Task[bytes]] = set()
+
+    async def call(self, method: str, params: dict[str, Any], *, op_id: str = "") -> bytes:
+        """Carry out one request; return the JSON of its result.
+
+        Raises:
+            BangerError: as the helper says; reason connection_lost where it died before it
+                answered: then what was asked may or may not have happened.
+        """
+        request: dict[str, Any] = {"version": 1, "method": method, "params": params}
+        # The helper's log line carries the id of the request that it is part of.
+        if op_id := op_id or current_op.get():
+            request["op_id"] = op_id
+        line = msgspec.json.encode(request) + b"\n"
+        task = asyncio.create_task(self._exchange(method, line))
+        self._calls.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    async def aclose(self) -> None:
+        """Let the calls under way finish."""
+        while self._calls:
+            await asyncio.wait(self._calls)
+
+    async def _exchange(self, method: str, line: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _forget(self, task: asyncio.Task[bytes]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled():
+            # The caller may have been cancelled: nobody else would look at the failure.
+            task.exception()
+
+
+class HelperService(Calls):
+    """The installed helper, behind its socket; calls go side by side."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__()
+        self._socket = socket
+
+    async def _exchange(self, method: str, line: bytes) -> bytes:
+        doing = f"asking the root helper to {method}"
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._socket, limit=_LINE_LIMIT)
+        except OSError as e:
+            raise BangerError(
+                "operation_failed",
+                f"{doing}: connecting to {self._socket}: {e.strerror}",
+                hint="sudo systemctl restart bangerd-root",
+            ) from e
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                writer.write(line)
+                await writer.drain()
+                return _decode(method, await reader.readuntil(b"\n"))
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+            raise _lost(method, e, "ended") from e
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+
+class Helper(Calls):
+    """The helper as our child; use it from one event loop."""
 
     def __init__(
         self,
@@ -69,47 +138,24 @@ class Helper:
         ledger: Path,
         log: Path | None,
     ) -> None:
+        super().__init__()
         self._arguments = ("--owner-uid", str(owner_uid), "--ledger", str(ledger), "--fd", "0")
         self._argv = build_helper_argv(helper, self._arguments, kind=kind)
         self._ledger = ledger
         self._log = log
         self._lock = asyncio.Lock()
         self._child: _Child | None = None
-        self._calls: set[asyncio.Task[bytes]] = set()
 
     @property
     def pid(self) -> int | None:
         """The process id of the child, None while there is none."""
         return self._child.program.pid if self._child else None
 
-    async def call(self, method: str, params: dict[str, Any], *, op_id: str = "") -> bytes:
-        """Carry out one request; return the JSON of its result.
-
-        Raises:
-            BangerError: as the helper says; reason connection_lost where it died before it
-                answered: then what was asked may or may not have happened.
-        """
-        request: dict[str, Any] = {"version": 1, "method": method, "params": params}
-        if op_id:
-            request["op_id"] = op_id
-        line = msgspec.json.encode(request) + b"\n"
-        task = asyncio.create_task(self._exchange(method, line))
-        self._calls.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
-
     async def aclose(self) -> None:
         """Let the calls under way finish, then end the child."""
-        while self._calls:
-            await asyncio.wait(self._calls)
+        await super().aclose()
         async with self._lock:
             await self._drop()
-
-    def _forget(self, task: asyncio.Task[bytes]) -> None:
-        self._calls.discard(task)
-        if not task.cancelled():
-            # The caller may have been cancelled: nobody else would look at the failure.
-            task.exception()
 
     async def _exchange(self, method: str, line: bytes) -> bytes:
         async with self._lock:
@@ -125,20 +171,8 @@ class Helper:
                     await child.writer.drain()
                     answer = await child.reader.readuntil(b"\n")
             except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
-                # TimeoutError is an OSError: a helper that hangs is treated as one that died.
                 status = await self._drop()
-                raise BangerError(
-                    "operation_failed",
-                    f"asking the root helper to {method}: it "
-                    + (
-                        f"gave no answer within {_CALL_TIMEOUT_S:g} s"
-                        if isinstance(e, TimeoutError)
-                        else f"ended (status {status}) before it answered"
-                    )
-                    + "; it may or may not have been done",
-                    hint="banger daemon status",
-                    reason="connection_lost",
-                ) from e
+                raise _lost(method, e, f"ended (status {status})") from e
             return _decode(method, answer)
 
     async def _start(self) -> _Child:
@@ -178,6 +212,21 @@ class Helper:
                 program.kill()
                 return await asyncio.to_thread(program.wait)
             return None
+
+
+def _lost(method: str, error: Exception, ended: str) -> BangerError:
+    # TimeoutError is an OSError: a helper that hangs is treated as one that died.
+    how = (
+        f"gave no answer within {_CALL_TIMEOUT_S:g} s"
+        if isinstance(error, TimeoutError)
+        else f"{ended} before it answered"
+    )
+    return BangerError(
+        "operation_failed",
+        f"asking the root helper to {method}: it {how}; it may or may not have been done",
+        hint="banger daemon status",
+        reason="connection_lost",
+    )
 
 
 def _decode(method: str, line: bytes) -> bytes:

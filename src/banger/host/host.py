@@ -1,23 +1,28 @@
-"""The daemon's view of the host: leases through the root helper.
+"""The daemon's view of the host: leases and jailed launches through the root helper.
 
 A `Host` is opened once and lives as long as the daemon; the helper behind it comes and goes.
-Leases outlive both.
+Leases, and the VMMs that were launched in them, outlive both.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from banger.errors import BangerError
-from banger.host.helper import Helper
-from banger.host.lease import HostStatus, Lease, LeaseId, LeasePlan
+from banger.host.helper import Calls, Helper, HelperService
+from banger.host.lease import Bridge, HostStatus, LaunchPlan, Lease, LeaseId, LeasePlan, Swept
 from banger.host.privilege import Privilege, find_helper, find_privilege
+from banger.host.vmm_process import ProcessRef
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -26,16 +31,24 @@ class _Nothing(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
-class _Removed(msgspec.Struct, frozen=True, kw_only=True):
-    removed: tuple[LeaseId, ...]
-
-
 class Host:
     """Leases of this user's VMs. All methods raise `BangerError` with the helper's own words."""
 
-    def __init__(self, privilege: Privilege, helper: Helper | None) -> None:
+    def __init__(
+        self,
+        privilege: Privilege,
+        helper: Calls | None,
+        *,
+        jail_base: Path | None = None,
+        pool_size: int | None = None,
+    ) -> None:
         self.privilege = privilege
+        self.jail_base = jail_base
+        """Where the helper makes jails; None where it launches nothing (user mode)."""
         self._helper = helper
+        # None: there is no pool, and none to be ended (user mode).
+        self._pool_size = pool_size
+        self._filler: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -54,12 +67,25 @@ class Host:
         helper = helper or find_helper()
         if privilege is None:
             privilege = await find_privilege(helper)
-        if privilege.kind == "none":
+        if privilege.kind == "none" or privilege.kind == "service":
             return cls(privilege, None)
         line = Helper(
             helper=helper, kind=privilege.kind, owner_uid=os.geteuid(), ledger=ledger, log=log
         )
         return cls(privilege, line)
+
+    @classmethod
+    def open_service(cls, socket: Path, *, jail_base: Path, pool_size: int) -> Host:
+        """The installed helper (system mode): it is there, or each call says that it is not.
+
+        `pool_size`: taps that it keeps in store, so that a start need not make one.
+        """
+        return cls(
+            Privilege(kind="service"),
+            HelperService(socket),
+            jail_base=jail_base,
+            pool_size=max(pool_size, 0),
+        )
 
     async def prepare(self, plan: LeasePlan, *, op_id: str = "") -> Lease:
         """Make the lease of a VM, or return it where it is made already by the same plan.
@@ -70,16 +96,20 @@ class Host:
         """
         params = {
             "vm_id": plan.vm_id,
-            "bridge": {
-                "name": plan.bridge_name,
-                "address": plan.bridge_address,
-                "prefix": plan.bridge_prefix,
-            },
+            "bridge": msgspec.to_builtins(plan.bridge),
             "guest": {"address": plan.guest_address, "mac": plan.guest_mac},
             "isolate": plan.isolate,
             "announce_port": plan.announce_port,
+            "nat": plan.nat,
+            "guest_host_ports": plan.guest_host_ports,
+            "limits": {"vcpu": plan.vcpu, "memory_mib": plan.memory_mib},
+            "jail": plan.jail,
         }
-        return await self._call("prepare", params, Lease, op_id)
+        lease = await self._call("prepare", params, Lease, op_id)
+        # A tap was taken: the next start finds one again. One filler at a time is enough.
+        if self._pool_size and (self._filler is None or self._filler.done()):
+            self._filler = asyncio.create_task(self._refill(plan.bridge))
+        return lease
 
     async def release(self, lease_id: LeaseId, *, op_id: str = "") -> None:
         """Give back everything the lease holds; its cgroup is killed first. Idempotent.
@@ -89,16 +119,58 @@ class Host:
         """
         await self._call("release", {"id": lease_id}, _Nothing, op_id)
 
-    async def sweep(self, *, op_id: str = "") -> tuple[LeaseId, ...]:
-        """Release what a crash left half made, and leases unused for five minutes; their ids."""
-        return (await self._call("sweep", {}, _Removed, op_id)).removed
+    async def launch(self, plan: LaunchPlan, *, op_id: str = "") -> ProcessRef:
+        """Start the jailed VMM of a lease; it answers on its API socket when this returns.
+
+        Raises:
+            BangerError: nothing runs then; reason `vmm_exited`: it ended at once, and its console
+                says why; `connection_lost`: call `release` to be sure.
+        """
+        params = msgspec.to_builtins(plan)
+        return await self._call("launch", params, ProcessRef, op_id)
+
+    async def signal(self, lease_id: LeaseId, name: str, *, op_id: str = "") -> None:
+        """Send a signal by name to the VMM that was launched in a lease."""
+        await self._call("signal", {"id": lease_id, "name": name}, _Nothing, op_id)
+
+    async def sweep(self, pool: Bridge | None = None) -> Swept:
+        """Release what a crash left half made, and leases unused for five minutes.
+
+        `pool`: the bridge that gets its taps in store again.
+        """
+        wanted = None
+        if pool is not None and self._pool_size is not None:
+            wanted = {"bridge": msgspec.to_builtins(pool), "size": self._pool_size}
+        return await self._call("sweep", {"pool": wanted}, Swept, "")
+
+    async def set_resolver(self, link: str, server: str, domains: tuple[str, ...]) -> None:
+        """Have the system's resolver ask `server` for these domains, by way of a bridge.
+
+        Raises:
+            BangerError: reason unsupported: systemd-resolved does not run here.
+        """
+        params = {"action": "set", "link": link, "server": server, "domains": domains}
+        await self._call("resolver", params, _Nothing, "")
+
+    async def clear_resolver(self, link: str) -> None:
+        """Take back what `set_resolver` did."""
+        params = {"action": "clear", "link": link, "server": "", "domains": ()}
+        await self._call("resolver", params, _Nothing, "")
 
     async def status(self, *, op_id: str = "") -> HostStatus:
         """The leases of the ledger and their bridges."""
         return await self._call("status", {}, HostStatus, op_id)
 
+    async def _refill(self, bridge: Bridge) -> None:
+        try:
+            await self.sweep(bridge)
+        except BangerError as e:
+            log.warning("the taps in store could not be filled up: %s", e)
+
     async def aclose(self) -> None:
         """End the helper. Leases and VMs stay."""
+        if self._filler is not None:
+            await asyncio.wait({self._filler})
         if self._helper is not None:
             await self._helper.aclose()
 

@@ -17,9 +17,12 @@ _PYTHON = "/usr/bin/python3"
 
 
 class Privilege(msgspec.Struct, frozen=True, kw_only=True):
-    """`kind` "none" means user-mode networking; then `missing` says in a sentence why."""
+    """`kind` "none" means user-mode networking; then `missing` says in a sentence why.
 
-    kind: Literal["root", "sudo", "none"]
+    "service": the helper is installed and runs by itself.
+    """
+
+    kind: Literal["root", "sudo", "service", "none"]
     missing: str = ""
     hint: str | None = None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger import files
-from banger.disk.artefacts import built_artefacts, inputs_key, remove_abandoned
+from banger.disk.artefacts import built_artefacts, find_artefacts, inputs_key, remove_abandoned
 from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
 from banger.disk.space import require_space
@@ -45,6 +45,7 @@ from banger.process import ProcessFailed, get_program
 from banger.units import GIB, MIB
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import IO
 
@@ -124,6 +125,27 @@ async def ensure_image(
     )
 
 
+async def build_artefact(paths: Paths, recipe: LoadedRecipe, *, reporter: Reporter) -> None:
+    """Build a recipe's root filesystem into the cache only; nothing when it is there.
+
+    Who may start the programs that this needs is not always who publishes the image.
+
+    Raises:
+        BangerError: as `build_image`.
+    """
+
+    def work(job: Job) -> None:
+        with _artefact(paths, recipe, False, job):
+            return
+
+    await run_job(work, reporter)
+
+
+def is_built(paths: Paths, recipe: LoadedRecipe) -> bool:
+    """Whether the cache holds this very recipe's root filesystem, so that publishing is enough."""
+    return find_artefacts(_cache_of(paths, recipe), _key(recipe)) is not None
+
+
 def _build(
     paths: Paths, loaded: LoadedRecipe, name: str, refresh: bool, reserve_bytes: int, job: Job
 ) -> ImageRecord:
@@ -138,23 +160,30 @@ def _build(
         )
         for kind in ("build", "delete"):
             remove_abandoned(paths.images, f"{kind}-{name}")
-        cache = paths.build_cache / "images" / loaded.recipe.name
-        key = inputs_key(
-            (
-                BUILDER_VERSION,
-                loaded.text,
-                *(part for item in sorted(loaded.sources.items()) for part in item),
-            )
-        )
-        with built_artefacts(
-            cache,
-            key,
-            lambda staging: _build_rootfs(loaded, staging, job),
-            job=job,
-            refresh=refresh,
-        ) as built:
+        with _artefact(paths, loaded, refresh, job) as built:
             job.check()
             return _publish(paths, loaded, name, built, job)
+
+
+def _artefact(
+    paths: Paths, loaded: LoadedRecipe, refresh: bool, job: Job
+) -> AbstractContextManager[Path]:
+    return built_artefacts(
+        _cache_of(paths, loaded),
+        _key(loaded),
+        lambda staging: _build_rootfs(loaded, staging, job),
+        job=job,
+        refresh=refresh,
+    )
+
+
+def _cache_of(paths: Paths, loaded: LoadedRecipe) -> Path:
+    return paths.build_cache / "images" / loaded.recipe.name
+
+
+def _key(loaded: LoadedRecipe) -> str:
+    sources = (part for item in sorted(loaded.sources.items()) for part in item)
+    return inputs_key((BUILDER_VERSION, loaded.text, *sources))
 
 
 def _build_rootfs(loaded: LoadedRecipe, staging: Path, job: Job) -> None:

@@ -1,14 +1,17 @@
-"""`vm set`: sizes that grow, CPUs and memory that change at the next start."""
+"""`vm set`: sizes that grow, CPUs and memory that wait for the next start, NAT that does not."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError
 from banger.units import format_size
 from banger.vm.cleanup import is_live
 from banger.vm.create import check_sizes
+from banger.vm.handles import write_handles
 
 if TYPE_CHECKING:
     from banger.api.params import SetVm
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord, tuple[str, ...]]:
-    """Store the new sizes; return the record and what waits for the next start.
+    """Store what is new; return the record and what waits for the next start.
 
     The disks' files are extended by that start, and the agent grows the mounted filesystems.
 
@@ -50,12 +53,32 @@ async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord,
             changes["vcpu"] = params.vcpu
         if params.memory_mib is not None:
             changes["memory_mib"] = params.memory_mib
-        if not changes:
+        if not changes and params.nat is None:
             raise BangerError(
                 "bad_request",
-                "nothing to change: name --vcpu, --memory, --disk-size or --system-overlay-size",
+                "nothing to change: name --vcpu, --memory, --disk-size, --system-overlay-size, "
+                "--nat or --no-nat",
                 hint="banger vm set --help",
             )
         live = is_live(ctx, vm)
+        later = list(changes)
+        if params.nat is not None:
+            # First on the host: a record never promises a way out that is not there.
+            if live and not await _change_nat(ctx, vm, nat=params.nat):
+                later.append("nat")
+            changes["nat"] = params.nat
         vm = ctx.store.update(vm.id, **changes)
-        return vm, tuple(changes) if live else ()
+        return vm, tuple(later) if live else ()
+
+
+async def _change_nat(ctx: VmContext, vm: VmRecord, *, nat: bool) -> bool:
+    """Open or close the way out of a running VM; False where only a start can (user network)."""
+    handles = ctx.handles[vm.id]
+    if handles.lease is None:
+        return vm.nat == nat
+    lease = msgspec.structs.replace(handles.lease, nat=nat)
+    await ctx.host.prepare(lease)
+    handles = msgspec.structs.replace(handles, lease=lease)
+    write_handles(ctx.vm_paths(vm.id), handles)
+    ctx.handles[vm.id] = handles
+    return True

@@ -62,6 +62,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
     still dying swallows the new one's packets.
     """
     ctx.unwatch(vm_id)
+    ctx.names.withdraw(vm_id)
     paths = ctx.vm_paths(vm_id)
     failures: list[str] = []
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from banger.errors import BangerError
 from banger.vm.handles import read_secrets
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from banger.host.host import Host
     from banger.store.vms import VmStore
     from banger.vm.handles import Handles
+    from banger.vm.plan import Jailing
     from banger.vmm.driver import Driver
 
 from banger.guest.client import GuestClient
@@ -36,9 +37,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class NameTable(Protocol):
+    """Where the names of running VMs are published."""
+
+    def publish(self, vm: VmRecord) -> None: ...
+    def withdraw(self, vm_id: str) -> None: ...
+
+
 @dataclass(kw_only=True)
 class VmContext:
-    """The rooms that VM operations use. `driver` decides, once, which VMM serves."""
+    """The rooms that VM operations use. `driver` decides, once, which VMM serves; `jailing`, how
+    its VMMs are jailed (None: they are not)."""
 
     paths: Paths
     settings: Settings
@@ -49,6 +58,8 @@ class VmContext:
     authorized_keys: Callable[[], tuple[str, ...]]
     git_identity: Callable[[], GitIdentity | None]
     network: Literal["bridge", "user"]
+    jailing: Callable[[], Coroutine[Any, Any, Jailing | None]]
+    names: NameTable
     handles: dict[str, Handles] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)

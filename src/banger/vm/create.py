@@ -107,6 +107,7 @@ async def create(
             address=address,
             mac=derive_mac(address) if address else _USER_MAC,
             network=ctx.network,
+            nat=params.nat,
             ephemeral=owner is not None,
             owner=owner,
             provisional=True,

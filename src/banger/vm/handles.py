@@ -16,7 +16,7 @@ from banger.api.records import VmmName
 from banger.errors import BangerError
 from banger.files import write_atomic
 from banger.guest.endpoint import Endpoint
-from banger.host.lease import LeaseId
+from banger.host.lease import LeaseId, LeasePlan
 from banger.host.vmm_process import ProcessRef
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class Handles(Wire, frozen=True, kw_only=True):
     vmm: VmmName
     endpoint: Endpoint
     lease_id: LeaseId | None = None
+    lease: LeasePlan | None = None
+    """What was asked for, to be asked for again with another `nat`."""
     tap: str | None = None
     cgroup: str | None = None
     process: ProcessRef | None = None

@@ -58,6 +58,7 @@ async def adopt(ctx: VmContext, vm: VmRecord, handles: Handles) -> None:
     assert handles.process is not None
     ctx.handles[vm.id] = handles
     ctx.watch(vm.id, watch(ctx, vm.id, handles.process))
+    ctx.names.publish(vm)
     log.info("VM %s runs on (pid %d)", vm.name, handles.process.pid)
 
 

@@ -23,6 +23,7 @@ from banger.disk.initrd import write_vm_initrd
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.guest.config import CONFIG_MEMBER
+from banger.host.uplink import find_uplink_mtu
 from banger.host.vmm_process import ExitStatus, ProcessRef, launch_vmm, wait_exit
 from banger.image.entries import check_image_files, get_image
 from banger.kernel.entries import check_kernel_files, get_kernel
@@ -75,7 +76,7 @@ async def start(
     admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
     admission.check_disk(ctx, 0)
     timer.stage("plan", "planning")
-    plan = _plan(ctx, vm, image, kernel, driver)
+    plan = await _plan(ctx, vm, image, kernel, driver)
     console_start = _size(plan)
     async with Undo() as undo:
         # Registered first, because every step from here on leaves something that this gives back.
@@ -91,9 +92,11 @@ async def start(
                 vmm=driver.name,
                 endpoint=plan.endpoint,
                 lease_id=lease.id,
+                lease=plan.lease,
                 tap=lease.tap,
                 cgroup=lease.cgroup,
             )
+            plan = plan.with_tap(lease.tap)
         timer.stage("handles", "recording what it holds")
         write_handles(plan.paths, handles)
         ctx.handles[vm.id] = handles
@@ -102,19 +105,8 @@ async def start(
             announced = listening.enter_context(
                 ctx.announcements.expect(vm.id, plan.guest_config.token)
             )
-            if plan.announce_path is not None:
-                listening.enter_context(ctx.announcements.listen_unix(plan.announce_path))
-            else:
-                ctx.announcements.ensure_tcp(ctx.settings.bridge_ip)
             timer.stage("launch", f"starting {driver.name}")
-            remove_stale_sockets(plan.paths.runtime)
-            launch = driver.build_launch(plan.machine)
-            process = await launch_vmm(
-                launch.argv,
-                cwd=plan.paths.runtime,
-                console=plan.paths.console,
-                cgroup=handles.cgroup,
-            )
+            process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
             handles = msgspec.structs.replace(handles, process=process)
             ctx.handles[vm.id] = handles
             write_handles(plan.paths, handles)
@@ -155,7 +147,7 @@ def _check_files(ctx: VmContext, vm: VmRecord) -> tuple[ImageRecord, KernelRecor
     return image, kernel
 
 
-def _plan(
+async def _plan(
     ctx: VmContext, vm: VmRecord, image: ImageRecord, kernel: KernelRecord, driver: Driver
 ) -> StartPlan:
     return build_start_plan(
@@ -169,7 +161,42 @@ def _plan(
         authorized_keys=ctx.authorized_keys(),
         git_identity=ctx.git_identity(),
         agent_host_port=_free_port() if vm.network == "user" else None,
+        jailing=await ctx.jailing() if driver.name == "firecracker" else None,
+        uplink_mtu=find_uplink_mtu() if vm.nat else None,
         now_unix_ns=time.time_ns(),
+    )
+
+
+async def _launch(
+    ctx: VmContext,
+    plan: StartPlan,
+    driver: Driver,
+    cgroup: str | None,
+    listening: contextlib.ExitStack,
+    console_start: int,
+) -> ProcessRef:
+    """The VMM's process; whoever hears its guest's announcement listens when this returns."""
+    if plan.launch is not None:
+        try:
+            process = await ctx.host.launch(plan.launch)
+        except BangerError as e:
+            if e.reason == "vmm_exited":
+                raise _ended(plan, None, console_start) from e
+            raise
+        # Only now: until the VMM has it, the jail belongs to root. No guest runs before `start`.
+        assert plan.announce_path is not None
+        listening.enter_context(ctx.announcements.listen_unix(plan.announce_path))
+        return process
+    if plan.announce_path is not None:
+        listening.enter_context(ctx.announcements.listen_unix(plan.announce_path))
+    else:
+        ctx.announcements.ensure_tcp(ctx.settings.bridge_ip)
+    remove_stale_sockets(plan.paths.runtime)
+    return await launch_vmm(
+        driver.build_launch(plan.machine).argv,
+        cwd=plan.paths.runtime,
+        console=plan.paths.console,
+        cgroup=cgroup,
     )
 
 
@@ -283,6 +310,7 @@ def _publish(
         touched_at=now_text(),
     )
     ctx.watch(vm.id, watch(ctx, vm.id, process))
+    ctx.names.publish(record)
     return record
 
 

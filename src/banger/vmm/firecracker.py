@@ -84,7 +84,8 @@ class FirecrackerDriver:
         Raises:
             BangerError: Firecracker ended, or refused a document (named, with its own words).
         """
-        make_links(machine)
+        if not machine.jailed:
+            make_links(machine)
         socket = machine.runtime / API_SOCKET
 
         async def configure() -> None:

@@ -75,7 +75,10 @@ class UserNic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """One microVM. `runtime` is the VMM's working directory and holds its sockets."""
+    """One microVM. `runtime` is the VMM's working directory and holds its sockets.
+
+    `jailed`: it is all that the VMM sees, and its files are there under their names already.
+    """
 
     vm_id: str
     vcpu: int
@@ -86,6 +89,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     nic: TapNic | UserNic | None
     vsock_cid: int | None
     runtime: Path
+    jailed: bool = False
     kernel_args_extra: str = ""
 
     def __post_init__(self) -> None:

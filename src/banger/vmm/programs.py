@@ -75,6 +75,32 @@ def check_firecracker(path: Path, output: str) -> Program | Problem:
     return Program(path=path, version=text, remark=newer)
 
 
+def find_jailer(setting: str | None, firecracker: Path, bin_directory: Path) -> Path:
+    """The jailer as configured, else beside firecracker, on PATH, or where banger puts it.
+
+    Whether root may run it is for the root helper to judge.
+
+    Raises:
+        BangerError: unsupported: there is none.
+    """
+    if setting is not None:
+        places = [Path(setting)]
+    else:
+        found = find_program("jailer")
+        places = [firecracker.with_name("jailer"), *([Path(found)] if found else [])]
+        places.append(bin_directory / "jailer")
+    for path in places:
+        if os.access(path, os.X_OK):
+            return path
+    where = " nor ".join(str(p) for p in places)
+    raise BangerError(
+        "operation_failed",
+        f"VMs are jailed here, and there is no jailer at {where}",
+        hint="banger doctor --fix",
+        reason="unsupported",
+    )
+
+
 def find_qemu() -> Program | Problem:
     """qemu-system-x86_64 with its microvm machine, asked through its own monitor."""
     found = find_program("qemu-system-x86_64")

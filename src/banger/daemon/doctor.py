@@ -1,0 +1,182 @@
+"""`daemon.doctor`: what only a running daemon knows, and the mending that needs its locks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
+
+from banger import __version__
+from banger.api.doctor import DoctorFacts, TriedLease
+from banger.api.records import VmRecord
+from banger.doctor.helper import ask_helper
+from banger.doctor.world import settings_hash
+from banger.errors import BangerError
+from banger.files import remove_tree
+from banger.host.lease import Bridge, LeaseId, derive_mac
+from banger.names import new_vm_id, short_id
+from banger.vm.cleanup import handles_of, is_live, release_everything
+from banger.vm.plan import build_lease_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from banger.api.params import Doctor
+    from banger.daemon.daemon import Daemon
+    from banger.rpc.server import Call
+
+log = logging.getLogger(__name__)
+
+_VM_ID = re.compile(r"[0-9a-f]{32}")
+# What bounds the lease of a small VM; none runs in it.
+_TRIED_MEMORY_MIB = 128
+
+
+async def doctor(daemon: Daemon, call: Call, params: Doctor) -> DoctorFacts:
+    """Look; with `sweep` give back what no VM uses first; with `try_lease` make and release one."""
+    swept = await _sweep(daemon) if params.sweep else ()
+    tried = await _try_lease(daemon) if params.try_lease else None
+    names = daemon.names
+    vms = daemon.store.list()
+    return DoctorFacts(
+        version=__version__,
+        pid=os.getpid(),
+        network=daemon.network,
+        settings_sha256=settings_hash(daemon.settings),
+        live=tuple(vm.id for vm in vms if is_live(daemon.vms, vm)),
+        busy=tuple({*daemon.vms.handles, *(vm.id for vm in vms if vm.provisional)}),
+        helper=await ask_helper(daemon.host),
+        dns=names.listen,
+        dns_problem=names.problem,
+        routing_problem=names.routing_problem,
+        swept=swept,
+        tried=tried,
+    )
+
+
+async def _sweep(daemon: Daemon) -> tuple[str, ...]:
+    """Give back directories, leases and sockets of no VM; one sentence for each.
+
+    Raises:
+        BangerError: something could not be given back; the rest was.
+    """
+    did: list[str] = []
+    failures: list[str] = []
+    # Before the rows are read: a row is there before its directories, and goes after them.
+    directories = [p for p in daemon.paths.vms.iterdir() if _VM_ID.fullmatch(p.name)]
+    sockets = _list(daemon.paths.runtime / "vms")
+    known = {vm.id for vm in daemon.store.list()}
+    for directory in directories:
+        if directory.name in known:
+            continue
+        failed = await release_everything(
+            daemon.vms, directory.name, handles_of(daemon.vms, directory.name)
+        )
+        failures += failed
+        if not failed:
+            remove_tree(directory)
+            did.append(f"removed the directory {directory}, which belonged to no VM")
+    short = {vm_id[:12] for vm_id in known}
+    for path in sockets:
+        if path.name not in short and path.exists():
+            remove_tree(path)
+            did.append(f"removed the sockets in {path}, which belonged to no VM")
+    if daemon.host.privilege.kind != "none":
+        for lease in (await daemon.host.status()).leases:
+            await _release_unused(daemon, lease.vm_id, lease.id, did, failures)
+        did += [f"released {what}" for what in (await daemon.host.sweep(_pool(daemon))).removed]
+    if failures:
+        raise BangerError(
+            "operation_failed",
+            "giving back what no VM uses: " + "; ".join(failures),
+            hint="banger vm list",
+        )
+    return tuple(did)
+
+
+async def _release_unused(
+    daemon: Daemon, vm_id: str, lease_id: LeaseId, did: list[str], failures: list[str]
+) -> None:
+    vms = daemon.vms
+    # A start holds this lock from before its lease until its handles are known.
+    async with vms.locked(vm_id):
+        vm = daemon.store.find(vm_id)
+        if vm_id in vms.handles:
+            return
+        try:
+            await daemon.host.release(lease_id)
+        except BangerError as e:
+            failures.append(str(e))
+        else:
+            whose = f"VM {vm.name}, which does not run" if vm else f"no VM ({short_id(vm_id)})"
+            did.append(f"released a lease of {whose}")
+    if vm is None:
+        vms.forget(vm_id)
+
+
+def _pool(daemon: Daemon) -> Bridge | None:
+    """The bridge whose taps the installed helper keeps in store."""
+    if daemon.host.privilege.kind != "service":
+        return None
+    settings = daemon.settings
+    return Bridge(name=settings.bridge_name, address=settings.bridge_ip, prefix=settings.cidr)
+
+
+def _list(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+async def _try_lease(daemon: Daemon) -> TriedLease:
+    """Make a lease at the end of the subnet and give it back.
+
+    Raises:
+        BangerError: as the helper says; or no address is free.
+    """
+    settings = daemon.settings
+    taken = {vm.address for vm in daemon.store.list()} | {settings.bridge_ip}
+    # From the end: VMs take the lowest.
+    last = int(settings.subnet.broadcast_address) - 1
+    free = (str(IPv4Address(last - n)) for n in range(settings.subnet.num_addresses - 2))
+    address = next((a for a in free if a not in taken), None)
+    if address is None:
+        raise BangerError(
+            "operation_failed",
+            f"trying a lease: no address is free in {settings.subnet}",
+            hint="banger vm prune",
+            reason="address_exhausted",
+        )
+    vm = VmRecord(
+        id=new_vm_id(),
+        name="doctor",
+        state="created",
+        image_id="",
+        image="",
+        kernel="",
+        vcpu=1,
+        memory_mib=_TRIED_MEMORY_MIB,
+        overlay_bytes=0,
+        work_disk_bytes=0,
+        address=address,
+        mac=derive_mac(address),
+        network="bridge",
+    )
+    plan = build_lease_plan(vm, settings, jail=daemon.host.jail_base is not None)
+    began = time.perf_counter()
+    try:
+        lease = await daemon.host.prepare(plan)
+        made = time.perf_counter()
+    finally:
+        # Also after a lost answer: then it may have been made.
+        await daemon.host.release(plan.lease_id)
+    return TriedLease(
+        tap=lease.tap,
+        address=address,
+        prepare_ms=round((made - began) * 1000, 1),
+        release_ms=round((time.perf_counter() - made) * 1000, 1),
+    )

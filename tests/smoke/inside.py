@@ -1,0 +1,123 @@
+"""The loop in the nested host: asks for scenarios, runs them as root, reports each as an event.
+
+A scenario leaves the host as it found it: one that does not, fails. Events are lines that start
+with `@`, everything else is log. Standard library only, against the installed banger.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.smoke import guests
+from tests.smoke.calls import banger, expect, host
+from tests.smoke.census import STATE, dns_address, take_census
+from tests.smoke.registry import Scenario, Skipped, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MARKER = Path("/etc/banger/smoke-host")
+# What ends asynchronously (a scope, a socket's last reference) has this long to be gone.
+_SETTLE_S = 45
+
+
+def main() -> int:
+    """Ask for work on the second serial port until there is none."""
+    if not MARKER.is_file():
+        print(f"this host has no {MARKER}: the scenarios change what they run on", file=sys.stderr)
+        return 2
+    before = take_census()
+    with Path("/dev/ttyS1").open() as port:
+        while True:
+            _event({"want": True})
+            names = port.readline().split()
+            if not names:
+                return 0
+            for each in choose(names):
+                before = _report(each, before)
+
+
+def _report(scenario: Scenario, before: Counter[str]) -> Counter[str]:
+    """Run one scenario between its two events; return the census that the next one starts from."""
+    _event({"start": scenario.name})
+    started = time.monotonic()
+    result = _run(scenario, before)
+    _event({"end": scenario.name, "result": result, "seconds": round(time.monotonic() - started, 1)})
+    return take_census() - guests.held_by_shared() if result == "fail" else before
+
+
+def _run(scenario: Scenario, before: Counter[str]) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        if scenario.kind == "global":
+            guests.drop_shared()
+        scenario.run()
+        if not scenario.final:
+            _expect_nothing_left(before)
+    except Skipped as e:
+        print(f"skipped: {e}")
+        return "skip"
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        _show_evidence(since)
+        _delete_all()
+        return "fail"
+    return "pass"
+
+
+def _expect_nothing_left(before: Counter[str]) -> None:
+    deadline = time.monotonic() + _SETTLE_S
+    while left := take_census() - before - guests.held_by_shared():
+        expect(time.monotonic() < deadline, "left on the host: " + "; ".join(sorted(left)))
+        time.sleep(0.5)
+    for name in guests.used_names - {guests.SHARED}:
+        expect(dns_address(name) is None, f"the name server still knows {name}.vm")
+    guests.used_names.clear()
+
+
+def _show_evidence(since: str) -> None:
+    """Print what the services logged since the scenario began, and the end of every console."""
+    units = ["-u", "bangerd.service", "-u", "bangerd-root.service"]
+    sources: list[tuple[str, Callable[[], str]]] = [
+        ("journal", lambda: host("journalctl", "-q", "-o", "cat", "--since", since, *units)),
+        *(
+            (str(path), lambda path=path: path.read_text(errors="replace"))  # type: ignore[misc]
+            for path in STATE.glob("vms/*/console.log")
+        ),
+    ]
+    for name, read in sources:
+        try:
+            print(f"--- {name}\n{read()[-6000:]}", flush=True)
+        except (OSError, AssertionError) as e:
+            print(f"--- {name}: {e}")
+
+
+def _delete_all() -> None:
+    """Remove what the failed scenario left, so that the next one is judged by itself."""
+    try:
+        for name in banger.vm_names():
+            banger("vm", "delete", name)
+        guests.forget_shared()
+        guests.used_names.clear()
+    except (OSError, AssertionError) as e:
+        print(f"cleaning up after the failure: {e}")
+
+
+def figures(values: dict[str, object]) -> None:
+    """Report what a scenario has measured."""
+    _event({"figures": values})
+
+
+def _event(event: dict[str, object]) -> None:
+    sys.stdout.flush()
+    print(f"@event {json.dumps(event)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""One emulated host of a run: QEMU, its two serial ports, and the work that it is handed.
+
+The first port is the kernel's console; on the second the host tells what happens, asks for work
+with an event and gets a line with the names of the next scenarios, or an empty one when there is
+no more. A machine belongs to the run: it ends with its thread, at the limit at the latest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+from tests.smoke.report import HostLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.smoke.nested_host import HostImage
+    from tests.smoke.registry import Deal
+    from tests.smoke.report import Report
+
+# What one host may take of the machine's memory; QEMU takes it only as far as the host uses it.
+MEMORY_MIB = 4096
+
+
+def qemu_command(image: HostImage, payload: Path, scratch: Path, console: Path) -> list[str]:
+    """The emulated host: one processor, because a second one was seen to hang."""
+    return [
+        "qemu-system-x86_64",
+        *("-accel", "tcg"),
+        *("-cpu", "max"),
+        *("-smp", "1"),
+        *("-m", str(MEMORY_MIB)),
+        *("-display", "none"),
+        *("-monitor", "none"),
+        *("-nic", "none"),
+        "-no-reboot",
+        *("-kernel", str(image.kernel)),
+        *("-initrd", str(image.initrd)),
+        "-append",
+        "root=/dev/vda rootfstype=squashfs ro console=ttyS0 quiet mitigations=off",
+        *("-drive", f"file={image.root},format=raw,if=virtio,readonly=on"),
+        *("-drive", f"file={scratch},format=raw,if=virtio,cache=unsafe,discard=unmap"),
+        *("-drive", f"file={payload},format=raw,if=virtio,readonly=on"),
+        *("-serial", f"file:{console}"),
+        *("-serial", "stdio"),
+    ]
+
+
+class Machine(threading.Thread):
+    """Boots one host, hands it work until there is none, and sees it end."""
+
+    def __init__(
+        self,
+        number: int,
+        command: list[str],
+        deal: Deal,
+        report: Report,
+        output: Path,
+        limit_s: float,
+    ) -> None:
+        super().__init__(name=f"host {number}", daemon=True)
+        self._told = HostLog(report, number)
+        self._deal = deal
+        self._report = report
+        self._log = output / f"host-{number}.log"
+        self._limit_s = limit_s
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+
+    def stop(self) -> None:
+        """End the host at once; its thread ends soon after."""
+        self._process.kill()
+
+    def run(self) -> None:
+        given: list[str] = []
+        deadline = threading.Timer(self._limit_s, self.stop)
+        deadline.start()
+        try:
+            assert self._process.stdout is not None
+            with self._process.stdout as lines, self._log.open("w") as log:
+                for line in lines:
+                    log.write(line)
+                    log.flush()
+                    if self._told.feed(line.rstrip("\r\n")):
+                        unit = [each.name for each in self._deal.take()]
+                        given += unit
+                        self._answer(" ".join(unit))
+        finally:
+            deadline.cancel()
+            self.stop()
+            self._process.wait()
+            self._told.close([name for name in given if name not in self._report.results])
+
+    def _answer(self, text: str) -> None:
+        assert self._process.stdin is not None
+        # A host that has ended meanwhile is told by the end of its output.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{text}\n")
+            self._process.stdin.flush()
