@@ -48,17 +48,31 @@ class Agent:
     def __init__(self, directory: Path, program: Path) -> None:
         self.directory = directory
         self.socket = directory / "agent"
+        self._program = program
         config = directory / "config.json"
         config.write_text(
             json.dumps({"schema": 1, "vm_id": VM_ID, "name": "web", "hostname": "web"})
         )
+        self.process = self._start()
+
+    def restart(self) -> None:
+        """The agent ends, and only it; another one comes in its place."""
+        self.process.kill()
+        self.process.wait()
+        for name in ("agent", "host"):
+            (self.directory / name).unlink()
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        directory = self.directory
         announced = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         announced.bind(str(directory / "host"))
         announced.listen(1)
         announced.settimeout(10)
-        self.process = subprocess.Popen(
-            [program, "serve", "--listen", f"unix:{self.socket}", "--config", config,
-             "--announce", f"unix:{directory / 'host'}"],
+        process = subprocess.Popen(
+            [self._program, "serve", "--listen", f"unix:{self.socket}",
+             "--config", directory / "config.json",
+             "--announce", f"unix:{directory / 'host'}", "--sessions", directory / "sessions"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
@@ -66,6 +80,7 @@ class Agent:
         with announced, announced.accept()[0] as connection:
             connection.recv(4096)
             connection.sendall(b'{"result":{"time_unix_ns":0}}\n')
+        return process
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

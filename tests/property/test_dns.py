@@ -55,9 +55,15 @@ def test_a_message_survives_the_way_there_and_back(message: m.Message) -> None:
     assert m.parse_message(m.format_message(message)) == message
 
 
+def wire_of(name: dns.name.Name) -> bytes:
+    wire = name.to_wire()
+    assert wire is not None
+    return wire
+
+
 def keys(section: list[dns.rrset.RRset]) -> list[tuple[bytes, int, int, bytes]]:
     return [
-        (rrset.name.to_wire(), rrset.rdtype, rrset.ttl, rdata.to_wire())
+        (wire_of(rrset.name), rrset.rdtype, rrset.ttl, rdata.to_wire())
         for rrset in section
         for rdata in rrset
     ]
@@ -102,7 +108,7 @@ def test_what_dnspython_writes_and_compresses_we_read(
         assert [q.name for q in ours.questions] == [name]
         # Pointers go to names that differ in case: a name is the same without it.
         assert [r.name.lower() for r in ours.answers] == [
-            rrset.name.to_wire().lower() for rrset in message.answer
+            wire_of(rrset.name).lower() for rrset in message.answer
         ]
         opt = m.find_opt(ours)
         assert (opt is not None) == edns

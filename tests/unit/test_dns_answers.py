@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ipaddress import IPv4Network
 
 import dns.edns
@@ -36,7 +37,7 @@ def ask(
     return reply
 
 
-def texts(section: list[object]) -> list[str]:
+def texts(section: Sequence[object]) -> list[str]:
     return [str(rrset) for rrset in section]
 
 

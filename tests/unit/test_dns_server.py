@@ -179,23 +179,22 @@ def test_loopback_of_both_families_is_understood() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("program", ["dig", "kdig"])
-async def test_other_peoples_tools_read_it(served: Served, program: str) -> None:
+async def test_dig_reads_it_without_complaint(served: Served) -> None:
     _, host, port = served
-    path = shutil.which(program)
-    if path is None:
-        pytest.skip(f"{program} is not installed here")
+    program = shutil.which("dig")
+    if program is None:
+        pytest.skip("dig is not installed here")
 
-    async def tool(*words: str) -> list[str]:
+    async def dig(*words: str) -> str:
         process = await asyncio.create_subprocess_exec(
-            path, f"@{host}", "-p", str(port), *words, stdout=asyncio.subprocess.PIPE
+            program, f"@{host}", "-p", str(port), *words, stdout=asyncio.subprocess.PIPE
         )
         out, _ = await process.communicate()
-        return out.decode().split()
+        return out.decode()
 
-    assert await tool("+short", "web.vm") == ["172.16.0.2"]
-    assert await tool("+short", "+tcp", "WEB.vm") == ["172.16.0.2"]
-    assert await tool("+short", "-x", "172.16.0.2") == ["web.vm."]
-    words = await tool("nobody.vm", "SOA")
-    assert "NXDOMAIN" in " ".join(words)
-    assert not [w for w in words if "WARNING" in w.upper() and "recursion" not in w]
+    assert await dig("+short", "web.vm") == "172.16.0.2\n"
+    assert await dig("+short", "+tcp", "WEB.vm") == "172.16.0.2\n"
+    assert await dig("+short", "-x", "172.16.0.2") == "web.vm.\n"
+    words = await dig("+norecurse", "nobody.vm", "SOA")
+    assert "status: NXDOMAIN" in words
+    assert "WARNING" not in words

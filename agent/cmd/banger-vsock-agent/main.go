@@ -10,6 +10,7 @@ import (
 
 	"banger/agent/internal/boot"
 	"banger/agent/internal/halt"
+	"banger/agent/internal/session"
 	"banger/agent/internal/wire"
 )
 
@@ -33,6 +34,8 @@ func main() {
 			boot.ConsoleLog("the service has ended: %v", err)
 			os.Exit(1)
 		}
+	case len(args) == 2 && args[0] == session.Mode:
+		fail(session.Supervise(args[1]))
 	case len(args) > 0 && args[0] == "serve":
 		fail(serve(args[1:]))
 	default:
@@ -43,7 +46,7 @@ func main() {
 
 const usage = `usage:
   banger-vsock-agent --version
-  banger-vsock-agent serve --listen ADDRESS [--config FILE] [--announce ADDRESS]
+  banger-vsock-agent serve --listen ADDRESS [--config FILE] [--announce ADDRESS] [--sessions DIR]
 
 ADDRESS is unix:PATH, tcp:ADDRESS:PORT or vsock:PORT. As process 1 it boots a guest.
 `

@@ -16,6 +16,7 @@ import (
 	"banger/agent/internal/guest"
 	"banger/agent/internal/procs"
 	"banger/agent/internal/service"
+	"banger/agent/internal/session"
 	"banger/agent/internal/wire"
 )
 
@@ -25,6 +26,7 @@ func serve(args []string) error {
 	listen := flags.String("listen", "", "where to listen")
 	config := flags.String("config", "", "configuration document")
 	announce := flags.String("announce", "", "where to announce the agent")
+	sessions := flags.String("sessions", "", "directory of the sessions; none are kept without it")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -74,6 +76,10 @@ func serve(args []string) error {
 		Config: c, Version: version, BootID: bootID, Token: token, Reaper: reaper,
 		Machine: host{stop: cancel}, Log: logf,
 		Host: command.Host{Root: "/", VMName: c.Name, Image: c.Image, EUID: os.Geteuid()},
+	}
+	if *sessions != "" {
+		server.Sessions = &session.Store{Dir: *sessions, BootID: bootID, Host: server.Host,
+			Reaper: reaper}
 	}
 	if *announce != "" {
 		to, err := service.ParseAddress(*announce)

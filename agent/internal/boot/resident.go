@@ -24,6 +24,7 @@ import (
 	"banger/agent/internal/kernel"
 	"banger/agent/internal/procs"
 	"banger/agent/internal/service"
+	"banger/agent/internal/session"
 )
 
 const (
@@ -36,6 +37,8 @@ const (
 	softFiles, hardFiles = 65536, 524288
 	// ownOOMScore keeps the agent from being the process that a full memory ends.
 	ownOOMScore = "-900"
+	// sessionsDir is kept over stop and start: what has ended can be looked at.
+	sessionsDir = "/var/lib/banger/sessions"
 )
 
 // resident is the service in the guest: the server and the machine it acts on.
@@ -100,6 +103,8 @@ func newGuest(h handover, version string, over int, log func(string, ...any)) (*
 		Config: h.Config, Version: version, BootID: bootID, Reaper: g.reaper, Machine: g, Log: log,
 		Host: command.Host{Root: "/", VMName: h.Config.Name, Image: h.Config.Image},
 	}
+	g.server.Sessions = &session.Store{Dir: sessionsDir, BootID: bootID, Host: g.server.Host,
+		Reaper: g.reaper}
 	if h.Config.Transport.Kind == "tcp" {
 		g.server.Token = h.Config.Token
 	}
@@ -326,6 +331,9 @@ func (g *resident) writable() []int {
 func (g *resident) Stop(grace time.Duration) {
 	g.stop.Do(func() {
 		system := halt.New(g.reaper, g.handover.Init, g.writable, g.log)
+		if image := g.Config.Image; image != nil && g.handover.Init == "agent" {
+			system.First, _ = command.ParseSignal(image.StopSignal)
+		}
 		if err := system.Stop(g.handover.Init, grace); err != nil {
 			g.log("stopping: %v", err)
 		}

@@ -18,6 +18,15 @@ const maxToolOutput = 64 << 10
 // Errors: the tool cannot be started, ctx ended, or the exit status is not 0; the output is
 // returned in the last case too.
 func (r *Reaper) Run(ctx context.Context, argv ...string) (string, error) {
+	return r.RunAs(ctx, argv[0], argv, &syscall.ProcAttr{
+		Dir: "/", Env: []string{"PATH=" + DefaultPath, "HOME=/root", "LC_ALL=C"},
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+}
+
+// RunAs is Run with a directory, an environment and an account of its own; attr.Files is filled in.
+func (r *Reaper) RunAs(ctx context.Context, path string, argv []string, attr *syscall.ProcAttr,
+) (string, error) {
 	null, err := syscall.Open(os.DevNull, syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return "", fmt.Errorf("opening %s: %w", os.DevNull, err)
@@ -28,11 +37,8 @@ func (r *Reaper) Run(ctx context.Context, argv ...string) (string, error) {
 		return "", err
 	}
 	defer out.Close()
-	p, err := r.Start(argv[0], argv, &syscall.ProcAttr{
-		Dir: "/", Env: []string{"PATH=" + DefaultPath, "HOME=/root", "LC_ALL=C"},
-		Files: []uintptr{uintptr(null), uintptr(in), uintptr(null)},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
+	attr.Files = []uintptr{uintptr(null), uintptr(in), uintptr(null)}
+	p, err := r.Start(path, argv, attr)
 	syscall.Close(in)
 	if err != nil {
 		return "", err
