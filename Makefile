@@ -7,8 +7,8 @@ SETUP := $(PYTHON) -m tools.setup
 PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test lint unit host boot smoke smoke-list smoke-one smoke-clean bench \
-    agent firecracker build install uninstall clean
+.PHONY: help demo setup test lint unit host boot smoke smoke-list smoke-one smoke-fresh smoke-clean \
+    bench bench-host agent firecracker build install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -42,17 +42,19 @@ boot: ## tests that boot microVMs
 	@$(SETUP) test
 	@$(PYTHON) -m tools.check boot
 
-smoke: ## the scenarios under the real firecracker, in an emulated host
+smoke: ## the scenarios under the real firecracker, in emulated hosts; JOBS=N of them side by side
 	@$(SETUP) smoke
-	@.venv/bin/python -m tests.smoke.run
+	@.venv/bin/python -m tests.smoke.run $(if $(JOBS),--jobs $(JOBS))
 
-smoke-list: ## names and descriptions of the scenarios
+smoke-list: ## names, classes and descriptions of the scenarios
 	@$(PYTHON) -m tests.smoke.run --list
 
 smoke-one: ## SCENARIO=a[,b]: some of the scenarios
 	@test -n "$(SCENARIO)" || { echo "usage: make smoke-one SCENARIO=a[,b]   (make smoke-list)" >&2; exit 2; }
 	@$(SETUP) smoke
-	@.venv/bin/python -m tests.smoke.run --scenario "$(SCENARIO)"
+	@.venv/bin/python -m tests.smoke.run $(if $(JOBS),--jobs $(JOBS)) --scenario "$(SCENARIO)"
+
+smoke-fresh: smoke-clean smoke ## as smoke, with the emulated host's image built anew
 
 smoke-clean: ## forget the emulated host and its logs
 	@$(PYTHON) -m tests.smoke.run --clean
@@ -60,6 +62,10 @@ smoke-clean: ## forget the emulated host and its logs
 bench: ## measure, against a bare VMM and ssh; results in bench/results
 	@$(SETUP) test
 	@.venv/bin/python tests/bench/run.py
+
+bench-host: ## the installed host side, measured in an emulated host; results in bench/results
+	@$(SETUP) smoke
+	@.venv/bin/python -m tests.smoke.run --jobs 1 --scenario figures_vms,figures_pool,figures_dns
 
 agent: ## build the guest agent for amd64 and arm64
 	@$(SETUP) host venv go agent

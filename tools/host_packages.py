@@ -81,8 +81,19 @@ TEST = (
     Need("dig", "dnsutils", "bind-utils", "bind"),
     Need("dnsmasq", "dnsmasq-base", "dnsmasq", "dnsmasq"),
     Need("ld", "binutils", "binutils", "binutils"),
+    # A registry, a maker and a judge of container images; their tests skip where one is missing.
+    Need("docker-registry", "docker-registry", "", ""),
+    Need("skopeo", "skopeo", "skopeo", "skopeo"),
+    Need("umoci", "umoci", "", ""),
+    # A judge of our signatures.
+    Need("minisign", "minisign", "minisign", "minisign"),
     # A judge of our initrds; the tests that ask it skip where the distribution has none.
     Need("unmkinitramfs", "initramfs-tools-core", "", ""),
+    # Repositories of all shapes. Only the package's directory is asked for: small images leave out
+    # the documentation, where the repositories are, and then their test skips.
+    Need("/usr/share/doc/libgit2-fixtures", "libgit2-fixtures", "", ""),
+    # A judge of our units; it starts nothing.
+    Need("systemd-analyze", "systemd", "systemd", "systemd"),
 )
 
 

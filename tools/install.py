@@ -1,12 +1,14 @@
 """`python3 -m tools.install install|uninstall PREFIX`: a user-mode installation from the wheel.
 
-PREFIX/lib/banger is a virtual environment of its own with the locked dependencies, made beside its
-place and then put there; PREFIX/bin gets links. Uninstalling stops the caller's daemon, removes
-both and leaves images, kernels, VMs and keys where they are.
+PREFIX/lib/banger/user is a virtual environment of its own with the locked dependencies, made beside
+its place and then put there; PREFIX/bin gets links. (`banger system install` has its releases in
+/usr/local/lib/banger/versions, and takes over the links of that prefix.) Uninstalling stops the
+caller's daemon, removes both and leaves images, kernels, VMs and keys where they are.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ def install(prefix: Path) -> None:
     wheels = list((ROOT / "dist").glob("*.whl"))
     if len(wheels) != 1:
         raise StepFailed("dist/ holds no wheel: make build")
-    home = prefix / "lib" / "banger"
+    home = prefix / "lib" / "banger" / "user"
     # An environment knows its own path, so it is made in its final place under a changing name.
     current = home / "current"
     place = home / ("a" if _target(current) != "a" else "b")
@@ -51,10 +53,11 @@ def install(prefix: Path) -> None:
 
 def uninstall(prefix: Path) -> None:
     """Stop the daemon, remove programs and links, and name what stays."""
-    home = prefix / "lib" / "banger"
+    home = prefix / "lib" / "banger" / "user"
     program = home / "current" / "bin" / "banger"
     if program.exists():
-        done = subprocess.run([program, "daemon", "stop"], check=False)
+        user_mode = {**os.environ, "BANGER_MODE": "user"}
+        done = subprocess.run([program, "daemon", "stop"], env=user_mode, check=False)
         if done.returncode != 0:
             say("uninstall: the daemon could not be stopped; see above")
     for name in SCRIPTS:
@@ -64,6 +67,8 @@ def uninstall(prefix: Path) -> None:
             say(f"uninstall: removed {link}")
     if home.is_dir():
         shutil.rmtree(home)
+        if not any(home.parent.iterdir()):
+            home.parent.rmdir()
         say(f"uninstall: removed {home}")
     for directory in (state_dir(), cache_dir()):
         if directory.is_dir():

@@ -231,6 +231,10 @@ def _firecracker_is_there() -> bool:
 # Kernel and images: banger's own commands, asked only when our note of the last answer is void
 
 
+# Of a checkout's own banger, also where another one is installed for daily use.
+_USER_MODE = {"BANGER_MODE": "user"}
+
+
 def _stored_step(kind: str, name: str, create: list[str], inputs: list[Path]) -> Step:
     """A kernel or image, made by `banger` itself with its own progress when it is missing."""
     note = BUILD / "setup" / f"{kind}-{name}.place"
@@ -241,7 +245,7 @@ def _stored_step(kind: str, name: str, create: list[str], inputs: list[Path]) ->
     def do() -> None:
         place = _find_stored(kind, name)
         if place is None:
-            run([VENV / "bin" / "banger", *create], log=None)
+            run([VENV / "bin" / "banger", *create], log=None, env=_USER_MODE)
             place = _find_stored(kind, name)
         if place is None:
             raise StepFailed(f"banger {kind} list does not name {name}")
@@ -261,6 +265,7 @@ def _find_stored(kind: str, name: str) -> Path | None:
     asked = subprocess.run(
         [VENV / "bin" / "banger", kind, "list", "--json"],
         cwd=ROOT,
+        env={**os.environ, **_USER_MODE},
         stdout=subprocess.PIPE,
         check=False,
     )

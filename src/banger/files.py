@@ -105,6 +105,29 @@ def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
             raise
 
 
+def can_share_extents(directory: Path) -> bool:
+    """Whether copies in this directory share their data, tried with a real file.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    names = [directory / f".share-{os.urandom(4).hex()}" for _ in range(2)]
+    try:
+        with names[0].open("xb") as source:
+            # An empty file can be "shared" anywhere; a whole block is what counts.
+            source.write(b"x" * 4096)
+        with names[0].open("rb") as source, names[1].open("xb") as target:
+            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY):
+            raise
+        return False
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+    return True
+
+
 def _copy_extents(src: int, dst: int) -> None:
     size = os.fstat(src).st_size
     os.ftruncate(dst, size)

@@ -86,8 +86,11 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     check: bool = True,
+    user: tuple[int, int] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end and return its output, for use in threads and in the CLI.
+
+    `user`: the uid and gid that it runs as, in no other group; only root can say so.
 
     Raises:
         ProcessFailed: it ended with another status than 0 and `check` is set.
@@ -103,6 +106,9 @@ def run(
             env=host_environment(env),
             timeout=timeout_s,
             check=False,
+            user=None if user is None else user[0],
+            group=None if user is None else user[1],
+            extra_groups=None if user is None else [],
         )
     except subprocess.TimeoutExpired as e:
         raise BangerError(

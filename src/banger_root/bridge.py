@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from banger_root.errors import HelperError
 from banger_root.netlink import Link, NetlinkError, Rtnetlink
 from banger_root.overlap import check_overlap
+from banger_root.validate import is_bridge_name, mac_of
 
 if TYPE_CHECKING:
-    from banger_root.validate import Bridge, LeasePlan
+    from banger_root.validate import Bridge
 
 
 def check_bridge(rt: Rtnetlink, bridge: Bridge) -> None:
@@ -59,46 +60,83 @@ def ensure_bridge(rt: Rtnetlink, bridge: Bridge) -> None:
         rt.set_up(link.index)
 
 
-def remove_bridge_if_unused(rt: Rtnetlink, plan: LeasePlan) -> None:
-    """Delete the lease's bridge unless the port of somebody else is on it.
+def remove_bridge_if_unused(rt: Rtnetlink, bridge: Bridge, *, without: str = "") -> None:
+    """Delete the bridge unless the port of somebody else is on it.
 
     Raises:
-        HelperError: the lease's own tap is still a port of it.
+        HelperError: the tap named `without` is still a port of it.
         NetlinkError: the kernel refused.
     """
-    link = rt.find_link(plan.bridge.name)
-    if link is None or not _is_ours(link, plan.bridge):
+    link = rt.find_link(bridge.name)
+    if link is None or not _is_ours(link, bridge):
         return
     ports = [port.name for port in rt.links() if port.master == link.index]
-    if plan.own_tap in ports:
-        raise HelperError("operation_failed", f"{plan.own_tap} is still a port of {link.name}")
+    if without in ports:
+        raise HelperError("operation_failed", f"{without} is still a port of {link.name}")
     if not ports:
         _delete(rt, link)
 
 
-def attach_tap(rt: Rtnetlink, plan: LeasePlan) -> None:
-    """Put the lease's tap on its bridge, isolated where asked for, and bring it up.
+def attach_tap(rt: Rtnetlink, tap: str, bridge: Bridge, *, isolate: bool, alias: str) -> None:
+    """Put a tap on a bridge, isolated where asked for, write its alias on it, bring it up.
+
+    A tap of a pool has all of this but the isolation, and loses what is known of its last guest.
 
     Raises:
         HelperError, NetlinkError: the kernel refused.
     """
-    tap, bridge = _get(rt, plan.own_tap), _get(rt, plan.bridge.name)
-    rt.refuse_ipv6(tap.index)
-    _disable_ipv6(plan.own_tap)
-    rt.set_master(tap.index, bridge.index)
+    link, master = _get(rt, tap), _get(rt, bridge.name)
+    fresh = not (link.up and link.master == master.index and link.alias == alias)
+    if fresh:
+        rt.refuse_ipv6(link.index)
+        _disable_ipv6(tap)
+        rt.set_alias(link.index, alias)
+        rt.set_master(link.index, master.index)
     # Before it is up: no frame passes a port that is not isolated yet.
-    rt.isolate_port(tap.index, isolated=plan.isolate)
-    rt.set_up(tap.index)
+    rt.reset_port(link.index, isolated=isolate)
+    if fresh:
+        rt.set_up(link.index)
 
 
-def remove_tap(rt: Rtnetlink, plan: LeasePlan) -> None:
-    """Delete the lease's tap; absent is fine, and so is a link of that name which is no tap.
+def is_idle_tap(link: Link | None, bridge: Link | None, *, owner_uid: int, alias: str) -> bool:
+    """Whether a tap of a pool is as it was made, and no process has it open."""
+    return (
+        link is not None
+        and bridge is not None
+        and link.kind == "tun"
+        and link.owner == owner_uid
+        and link.master == bridge.index
+        and link.alias == alias
+        and link.up
+        and not link.carrier
+    )
+
+
+def remove_tap(rt: Rtnetlink, tap: str, *, alias: str) -> None:
+    """Delete a tap; absent is fine, and so is a link of that name that is none of ours.
+
+    `alias`: what was written on ours; one that was left half made has nothing on it yet.
 
     Raises:
         NetlinkError: the kernel refused.
     """
-    link = rt.find_link(plan.own_tap)
-    if link is not None and link.kind == "tun":
+    link = rt.find_link(tap)
+    if link is not None and link.kind == "tun" and link.alias in ("", alias):
+        _delete(rt, link)
+
+
+def remove_empty_bridge(rt: Rtnetlink, index: int) -> None:
+    """Delete a bridge by index if it is one of banger's and has no port.
+
+    Raises:
+        NetlinkError: the kernel refused.
+    """
+    links = rt.links()
+    link = next((link for link in links if link.index == index), None)
+    if link is None or link.kind != "bridge" or not is_bridge_name(link.name):
+        return
+    macs = {mac_of(a.address) for a in rt.addresses() if a.index == index}
+    if link.mac in macs and not any(port.master == index for port in links):
         _delete(rt, link)
 
 

@@ -17,8 +17,9 @@ import time
 from banger_root.errors import HelperError
 
 PARENT = "banger"
-# Threads of one VMM and its vCPUs, with room; a bound, not a budget.
-_PIDS_MAX = 256
+_MARK = "trusted.banger"
+# Those of the bounds that `scope` sets.
+_CONTROLLERS = ("pids", "memory", "cpu")
 
 
 def find_mount() -> str | None:
@@ -37,10 +38,11 @@ def find_directory(vm_id: str) -> str | None:
     return None if mount is None else os.path.join(mount, PARENT, vm_id)
 
 
-def make_cgroup(vm_id: str) -> str | None:
-    """Make the cgroup of a VM, with a bound on its processes where the controller is there.
+def make_cgroup(vm_id: str, *, mark: str = "") -> str | None:
+    """Make the cgroup of a VM, with those controllers that are to be had here.
 
-    Returns None where cgroup v2 is not there or not writable (an ordinary container).
+    `mark` is written on it, so that `find_marked` finds it again. Returns None where cgroup v2 is
+    not there or not writable (an ordinary container).
 
     Raises:
         HelperError: the kernel refused for another reason.
@@ -60,9 +62,24 @@ def make_cgroup(vm_id: str) -> str | None:
         if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return None
         raise HelperError("operation_failed", f"{doing}: {e.strerror}") from e
-    with contextlib.suppress(FileNotFoundError):
-        _write(os.path.join(path, "pids.max"), str(_PIDS_MAX))
+    if mark:
+        # Where attributes cannot be kept a lost cgroup stays, empty.
+        with contextlib.suppress(OSError):
+            os.setxattr(path, _MARK, mark.encode())
     return path
+
+
+def find_marked(mark: str) -> list[str]:
+    """The paths of the cgroups that carry a mark."""
+    mount = find_mount()
+    found = []
+    if mount is not None:
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(os.path.join(mount, PARENT)):
+                with contextlib.suppress(OSError):
+                    if entry.is_dir() and os.getxattr(entry.path, _MARK) == mark.encode():
+                        found.append(entry.path)
+    return sorted(found)
 
 
 def refuse_populated(vm_id: str) -> None:
@@ -141,11 +158,17 @@ def remove_cgroup(path: str) -> None:
 
 
 def _enable(parent: str) -> None:
-    """Hand the pids controller on to our children, where our parent handed it to us."""
+    """Hand controllers on to our children, where our parent handed them to us."""
     with open(os.path.join(parent, "cgroup.controllers"), encoding="ascii") as f:
         available = f.read().split()
-    if "pids" in available:
-        _write(os.path.join(parent, "cgroup.subtree_control"), "+pids")
+    for controller in _CONTROLLERS:
+        if controller in available:
+            try:
+                _write(os.path.join(parent, "cgroup.subtree_control"), f"+{controller}")
+            except OSError as e:
+                # One that real-time processes keep from being divided: that bound is not there.
+                if e.errno not in (errno.EINVAL, errno.EBUSY):
+                    raise
 
 
 def _write(path: str, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pwd
 import stat
@@ -31,7 +32,7 @@ def split_path(path: str) -> tuple[str, ...]:
         HelperError: bad_request: it has an empty, `.` or `..` component.
     """
     parts = tuple(path.split("/"))
-    if parts[0] != "" or any(part in ("", ".", "..") for part in parts[1:]):
+    if not path.startswith("/") or any(part in ("", ".", "..") for part in parts[1:]):
         raise HelperError("bad_request", f"{path[:80]!r} is no absolute path without detours")
     return parts[1:]
 
@@ -72,6 +73,7 @@ def as_owner(uid: int) -> Iterator[None]:
             os._exit(70)
 
 
+@functools.cache
 def find_groups(uid: int) -> tuple[int, list[int]]:
     """The primary group of a user, and all its groups; for a uid without a name the equal gid."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 from banger_root import cgroup, process
 from banger_root.errors import HelperError
@@ -21,6 +22,8 @@ MEMORY_EXTRA_MIB = 256
 # The threads that serve the guest's devices may take one CPU more than the guest has.
 CPU_EXTRA = 1
 _CPU_PERIOD_US = 100_000
+# Between two looks at whether systemd has removed a scope's cgroup.
+_LOOK_S = 0.005
 
 
 def has_systemd() -> bool:
@@ -67,6 +70,29 @@ def build_scope_argv(vm_id: str, *, vcpu: int, memory_mib: int) -> list[str]:
         f"--property=CPUQuota={(vcpu + CPU_EXTRA) * 100}%",
         "--",
     ]
+
+
+def wait_free(vm_id: str, *, timeout_s: float = 20.0) -> None:
+    """Wait until systemd has forgotten the scope of an earlier VMM, so that its name is free.
+
+    It removes the cgroup when it does so, some milliseconds after the last process has ended.
+
+    Raises:
+        HelperError: reason in_use: a process is in it, or it is still there after `timeout_s`.
+    """
+    path = find_scope_directory(vm_id)
+    deadline = time.monotonic() + timeout_s
+    while path is not None and os.path.isdir(path):
+        populated = cgroup.is_populated(path)
+        if populated or time.monotonic() > deadline:
+            raise HelperError(
+                "already_exists",
+                f"making {name_scope(vm_id)}: there is one, "
+                + ("with processes in it" if populated else "which systemd does not let go of"),
+                hint=f"systemctl status {name_scope(vm_id)}",
+                reason="in_use",
+            )
+        time.sleep(_LOOK_S)
 
 
 def bound_cgroup(path: str, *, vcpu: int, memory_mib: int) -> None:

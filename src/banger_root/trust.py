@@ -1,8 +1,8 @@
 """Which programs root may run, and whether this one may run as a service.
 
-A program is trusted by its place, where nobody but root can change any directory on the way to it,
-or by its content: then a copy of our own is run, made from the descriptor that was hashed. Copies
-stay in `<bin_dir>/<sha256>/`, one per release of the program.
+A program is trusted by its place and name, where nobody but root can change any directory on the
+way to it, or by its content: then a copy of our own is run, made from the descriptor that was
+hashed. Copies stay in `<bin_dir>/<sha256>/`, one per release of the program.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,16 @@ def trust_program(name: str, path: str, *, bin_dir: str, owner_uid: int) -> str:
     doing = f"running {path} as {name}"
     try:
         resolved: str | None = check_root_only(path)
+        why = ""
     except HelperError as e:
         resolved, why = None, e.message
     if resolved is not None:
         found = os.stat(resolved, follow_symlinks=False)
+        # Root has many programs, and is to run none but these two.
+        if not re.fullmatch(rf"{name}(-v?[0-9][A-Za-z0-9._-]*)?", os.path.basename(resolved)):
+            raise HelperError(
+                "unauthorized", f"{doing}: its file is called {os.path.basename(resolved)[:80]!r}"
+            )
         if not stat.S_ISREG(found.st_mode) or not found.st_mode & 0o001:
             raise HelperError(
                 "bad_request", f"{doing}: it is no file that everyone may run", hint=f"ls -l {path}"

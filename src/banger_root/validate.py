@@ -8,16 +8,22 @@ value; the rest of the helper takes only such values. Ledger files go through th
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, NoReturn
+from typing import Any
 
 from banger_root.errors import HelperError
+from banger_root.fields import (
+    bool_at,
+    exactly,
+    number_at,
+    object_at,
+    parse_document,
+    refuse,
+    shown,
+)
 
-LINE_LIMIT = 1 << 20
-DEPTH_LIMIT = 8
 PATH_LIMIT = 1024
 PORTS_LIMIT = 32
 VCPU_LIMIT = 32
@@ -25,7 +31,7 @@ MEMORY_MIN_MIB = 128
 # Of a document; that it fits into this host is judged by `leases`, which knows the host.
 _MEMORY_MAX_MIB = 1 << 24
 POOL_LIMIT = 64
-# A /9 has 128 reverse zones of /16, a /17 as many of /24; no subnet has more.
+# A /9 has 128 reverse zones of /16, a /17 as many of /24, a /25 of /32; no subnet has more.
 _ZONES_LIMIT = 128
 PROTOCOL = 1
 METHODS = ("prepare", "launch", "signal", "release", "sweep", "resolver", "status")
@@ -42,7 +48,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _BRIDGE = re.compile(r"br-fc(-[a-z0-9-]{1,9})?")
 _OWN_TAP = re.compile(r"tap-fc-[0-9a-f]{8}")
 _POOL_TAP = re.compile(r"tap-pool-[0-9]{1,5}")
-_REVERSE_ZONE = re.compile(r"~([0-9]{1,3}\.){1,3}in-addr\.arpa")
+_REVERSE_ZONE = re.compile(r"~([0-9]{1,3}\.){1,4}in-addr\.arpa")
 _OP_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # What plans have since schema 2 of the ledger, and what an older plan means.
@@ -163,6 +169,11 @@ def is_bridge_name(name: str) -> bool:
     return _BRIDGE.fullmatch(name) is not None
 
 
+def is_lease_id(name: str) -> bool:
+    """Whether a name can be that of a lease."""
+    return _ID.fullmatch(name) is not None
+
+
 def is_pool_tap(name: str) -> bool:
     """Whether a link of this name can be of a tap pool of ours."""
     return _POOL_TAP.fullmatch(name) is not None
@@ -184,43 +195,22 @@ def parse_request(line: bytes) -> Request:
     if type(version) is not int or version != PROTOCOL:
         raise HelperError(
             "bad_version",
-            f"the helper speaks protocol {PROTOCOL}, the request says {_shown(version)}",
+            f"the helper speaks protocol {PROTOCOL}, the request says {shown(version)}",
             hint="banger daemon restart",
         )
     op_id = document.get("op_id", "")
     if type(op_id) is not str or (op_id and not _OP_ID.fullmatch(op_id)):
-        _refuse("op_id", "1 to 64 letters, digits, dots, hyphens and underscores", op_id)
+        refuse("op_id", "1 to 64 letters, digits, dots, hyphens and underscores", op_id)
     method = document.get("method")
     if type(method) is not str or method not in METHODS:
         raise HelperError(
             "unknown_method",
-            f"the helper has no method {_shown(method)}; it has {', '.join(METHODS)}",
+            f"the helper has no method {shown(method)}; it has {', '.join(METHODS)}",
         )
     params = document.get("params", {})
     if type(params) is not dict:
-        _refuse("params", "an object", params)
+        refuse("params", "an object", params)
     return Request(method=method, params=params, op_id=op_id)
-
-
-def parse_document(line: bytes) -> dict[str, Any]:
-    """A JSON object of bounded size and depth, without duplicate keys.
-
-    Raises:
-        HelperError: bad_request.
-    """
-    if len(line) > LINE_LIMIT:
-        raise HelperError("bad_request", f"the request is longer than {LINE_LIMIT} bytes")
-    try:
-        text = line.decode("utf-8")
-        # Before parsing: the parser would recurse as deep as it is told to.
-        if _depth(text) > DEPTH_LIMIT:
-            raise HelperError("bad_request", f"the request nests deeper than {DEPTH_LIMIT}")
-        document = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-    except ValueError as e:
-        raise HelperError("bad_request", f"the request is no JSON: {e}") from e
-    if type(document) is not dict:
-        raise HelperError("bad_request", "the request is no JSON object")
-    return document
 
 
 def parse_prepare(params: dict[str, Any]) -> LeasePlan:
@@ -230,41 +220,41 @@ def parse_prepare(params: dict[str, Any]) -> LeasePlan:
         HelperError: bad_request, naming field and rule.
     """
     known = ("vm_id", "bridge", "guest", "isolate", "announce_port", *_SINCE_SCHEMA_2)
-    _exactly(params, "params", known)
+    exactly(params, "params", known)
     vm_id = _id(params["vm_id"], "vm_id")
     bridge = _bridge(params["bridge"])
-    guest = _object_at(params["guest"], "guest")
-    _exactly(guest, "guest", ("address", "mac"))
+    guest = object_at(params["guest"], "guest")
+    exactly(guest, "guest", ("address", "mac"))
     address = _address(guest["address"], "guest.address")
     subnet = bridge.subnet
     if address not in subnet:
-        _refuse("guest.address", f"an address in {subnet}", guest["address"])
+        refuse("guest.address", f"an address in {subnet}", guest["address"])
     if address in (subnet.network_address, subnet.broadcast_address, bridge.address):
-        _refuse(
+        refuse(
             "guest.address",
             f"neither network nor broadcast address of {subnet}, nor the bridge's own",
             guest["address"],
         )
     if type(guest["mac"]) is not str or guest["mac"] != mac_of(address):
-        _refuse("guest.mac", f"{mac_of(address)}, the one derived from {address}", guest["mac"])
+        refuse("guest.mac", f"{mac_of(address)}, the one derived from {address}", guest["mac"])
     ports = params["guest_host_ports"]
     if type(ports) is not list or len(ports) > PORTS_LIMIT:
-        _refuse("guest_host_ports", f"a list of at most {PORTS_LIMIT} numbers", ports)
-    limits = _object_at(params["limits"], "limits")
-    _exactly(limits, "limits", ("vcpu", "memory_mib"))
+        refuse("guest_host_ports", f"a list of at most {PORTS_LIMIT} numbers", ports)
+    limits = object_at(params["limits"], "limits")
+    exactly(limits, "limits", ("vcpu", "memory_mib"))
     return LeasePlan(
         vm_id=vm_id,
         bridge=bridge,
         address=address,
-        isolate=_bool(params["isolate"], "isolate"),
-        announce_port=_number(params["announce_port"], "announce_port", 1, 65535),
-        nat=_bool(params["nat"], "nat"),
-        guest_host_ports=tuple(_number(p, "guest_host_ports", 1, 65535) for p in ports),
-        vcpu=_number(limits["vcpu"], "limits.vcpu", 1, VCPU_LIMIT),
-        memory_mib=_number(
+        isolate=bool_at(params["isolate"], "isolate"),
+        announce_port=number_at(params["announce_port"], "announce_port", 1, 65535),
+        nat=bool_at(params["nat"], "nat"),
+        guest_host_ports=tuple(number_at(p, "guest_host_ports", 1, 65535) for p in ports),
+        vcpu=number_at(limits["vcpu"], "limits.vcpu", 1, VCPU_LIMIT),
+        memory_mib=number_at(
             limits["memory_mib"], "limits.memory_mib", MEMORY_MIN_MIB, _MEMORY_MAX_MIB
         ),
-        jail=_bool(params["jail"], "jail"),
+        jail=bool_at(params["jail"], "jail"),
     )
 
 
@@ -283,7 +273,7 @@ def parse_release(params: dict[str, Any]) -> str:
     Raises:
         HelperError: bad_request.
     """
-    _exactly(params, "params", ("id",))
+    exactly(params, "params", ("id",))
     return _id(params["id"], "id")
 
 
@@ -294,20 +284,20 @@ def parse_launch(params: dict[str, Any]) -> LaunchPlan:
         HelperError: bad_request, naming field and rule.
     """
     paths = ("firecracker_bin", "jailer_bin", "kernel", "initrd", "console")
-    _exactly(params, "params", ("id", *paths, "drives"))
+    exactly(params, "params", ("id", *paths, "drives"))
     lease_id = _id(params["id"], "id")
     drives = params["drives"]
     if type(drives) is not list or len(drives) != len(ROLES):
-        _refuse("drives", f"the list of {', '.join(ROLES)}", drives)
+        refuse("drives", f"the list of {', '.join(ROLES)}", drives)
     for number, (drive, role) in enumerate(zip(drives, ROLES, strict=True)):
         field = f"drives[{number}]"
-        _exactly(_object_at(drive, field), field, ("role", "path"))
+        exactly(object_at(drive, field), field, ("role", "path"))
         if type(drive["role"]) is not str or drive["role"] != role:
-            _refuse(f"{field}.role", role, drive["role"])
+            refuse(f"{field}.role", role, drive["role"])
     return LaunchPlan(
         lease_id=lease_id,
-        **{name: _path(params[name], name) for name in paths},
-        drives=tuple(_path(d["path"], f"drives[{n}].path") for n, d in enumerate(drives)),
+        **{name: parse_path(params[name], name) for name in paths},
+        drives=tuple(parse_path(d["path"], f"drives[{n}].path") for n, d in enumerate(drives)),
     )
 
 
@@ -317,12 +307,12 @@ def parse_signal(params: dict[str, Any]) -> SignalPlan:
     Raises:
         HelperError: bad_request.
     """
-    _exactly(params, "params", ("id", "name"))
+    exactly(params, "params", ("id", "name"))
     lease_id, name = _id(params["id"], "id"), params["name"]
     # isascii first: upper() makes ASCII letters of some others.
     plain = name.upper().removeprefix("SIG") if type(name) is str and name.isascii() else None
     if plain not in SIGNALS:
-        _refuse("name", f"one of {', '.join(SIGNALS)}", name)
+        refuse("name", f"one of {', '.join(SIGNALS)}", name)
     return SignalPlan(lease_id=lease_id, name=plain)
 
 
@@ -332,7 +322,7 @@ def parse_nothing(params: dict[str, Any]) -> None:
     Raises:
         HelperError: bad_request.
     """
-    _exactly(params, "params", ())
+    exactly(params, "params", ())
 
 
 def parse_sweep(params: dict[str, Any]) -> PoolPlan | None:
@@ -342,13 +332,13 @@ def parse_sweep(params: dict[str, Any]) -> PoolPlan | None:
         HelperError: bad_request.
     """
     if params.get("pool") is None:
-        _exactly({"pool": None, **params}, "params", ("pool",))
+        exactly({"pool": None, **params}, "params", ("pool",))
         return None
-    _exactly(params, "params", ("pool",))
-    pool = _object_at(params["pool"], "pool")
-    _exactly(pool, "pool", ("bridge", "size"))
+    exactly(params, "params", ("pool",))
+    pool = object_at(params["pool"], "pool")
+    exactly(pool, "pool", ("bridge", "size"))
     return PoolPlan(
-        bridge=_bridge(pool["bridge"]), size=_number(pool["size"], "pool.size", 0, POOL_LIMIT)
+        bridge=_bridge(pool["bridge"]), size=number_at(pool["size"], "pool.size", 0, POOL_LIMIT)
     )
 
 
@@ -359,23 +349,23 @@ def parse_resolver(params: dict[str, Any]) -> ResolverPlan:
     Raises:
         HelperError: bad_request.
     """
-    _exactly(params, "params", ("action", "link", "server", "domains"))
+    exactly(params, "params", ("action", "link", "server", "domains"))
     link, server, domains = params["link"], params["server"], params["domains"]
     if type(link) is not str or not is_bridge_name(link):
-        _refuse("link", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", link)
+        refuse("link", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", link)
     if params["action"] == "clear":
         if server != "" or domains != []:
-            _refuse("server and domains", "empty where the action is clear", [server, domains])
+            refuse("server and domains", "empty where the action is clear", [server, domains])
         return ResolverPlan(link=link, server="", domains=())
     if params["action"] != "set":
-        _refuse("action", "set or clear", params["action"])
+        refuse("action", "set or clear", params["action"])
     if type(domains) is not list or not 2 <= len(domains) <= 1 + _ZONES_LIMIT:
-        _refuse("domains", "~vm and the reverse zones of the bridge's subnet", domains)
+        refuse("domains", "~vm and the reverse zones of the bridge's subnet", domains)
     for domain in domains:
         if domain != "~vm" and not (type(domain) is str and _REVERSE_ZONE.fullmatch(domain)):
-            _refuse("domains", "~vm and the reverse zones of the bridge's subnet", domain)
+            refuse("domains", "~vm and the reverse zones of the bridge's subnet", domain)
     if len(set(domains)) != len(domains):
-        _refuse("domains", "without a name twice", domains)
+        refuse("domains", "without a name twice", domains)
     return ResolverPlan(link=link, server=_server(server), domains=tuple(domains))
 
 
@@ -388,15 +378,16 @@ def parse_lease_id(text: str) -> str:
     return _id(text, "lease id")
 
 
+def format_bridge(bridge: Bridge) -> dict[str, Any]:
+    """The bridge, as `prepare` and `sweep` take it."""
+    return {"name": bridge.name, "address": str(bridge.address), "prefix": bridge.prefix}
+
+
 def format_plan(plan: LeasePlan) -> dict[str, Any]:
     """The params that `parse_prepare` would turn into this plan."""
     return {
         "vm_id": plan.vm_id,
-        "bridge": {
-            "name": plan.bridge.name,
-            "address": str(plan.bridge.address),
-            "prefix": plan.bridge.prefix,
-        },
+        "bridge": format_bridge(plan.bridge),
         "guest": {"address": str(plan.address), "mac": plan.mac},
         "isolate": plan.isolate,
         "announce_port": plan.announce_port,
@@ -408,18 +399,18 @@ def format_plan(plan: LeasePlan) -> dict[str, Any]:
 
 
 def _bridge(value: Any) -> Bridge:
-    fields = _object_at(value, "bridge")
-    _exactly(fields, "bridge", ("name", "address", "prefix"))
+    fields = object_at(value, "bridge")
+    exactly(fields, "bridge", ("name", "address", "prefix"))
     name = fields["name"]
     if type(name) is not str or not is_bridge_name(name):
-        _refuse("bridge.name", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", name)
+        refuse("bridge.name", "br-fc, or br-fc- and up to 9 of a-z, 0-9 and -", name)
     address = _address(fields["address"], "bridge.address")
-    prefix = _number(fields["prefix"], "bridge.prefix", 8, 30)
+    prefix = number_at(fields["prefix"], "bridge.prefix", 8, 30)
     bridge = Bridge(name=name, address=address, prefix=prefix)
     if not any(bridge.subnet.subnet_of(space) for space in _ALLOWED_SPACE):
-        _refuse("bridge.address", "a subnet in private or shared address space", str(bridge.subnet))
+        refuse("bridge.address", "a subnet in private or shared address space", str(bridge.subnet))
     if address in (bridge.subnet.network_address, bridge.subnet.broadcast_address):
-        _refuse("bridge.address", f"a host address of {bridge.subnet}", fields["address"])
+        refuse("bridge.address", f"a host address of {bridge.subnet}", fields["address"])
     return bridge
 
 
@@ -429,7 +420,7 @@ def _address(value: Any, field: str) -> IPv4Address:
             return IPv4Address(value)
         except ipaddress.AddressValueError:
             pass
-    _refuse(field, "an IPv4 address", value)
+    refuse(field, "an IPv4 address", value)
 
 
 def _server(value: Any) -> str:
@@ -447,11 +438,15 @@ def _server(value: Any) -> str:
                     return value
         except ValueError:
             pass
-    _refuse("server", "a loopback IPv4 address, alone or with a port", value)
+    refuse("server", "a loopback IPv4 address, alone or with a port", value)
 
 
-def _path(value: Any, field: str) -> str:
-    """A path by its form; `paths` says where it may lead."""
+def parse_path(value: Any, field: str) -> str:
+    """A path by its form; `paths` says where it may lead.
+
+    Raises:
+        HelperError: bad_request.
+    """
     if type(value) is str:
         try:
             size = len(value.encode())
@@ -460,13 +455,13 @@ def _path(value: Any, field: str) -> str:
         parts = value.split("/")
         if (
             size <= PATH_LIMIT
-            and parts[0] == ""
+            and value.startswith("/")
             and not any(part in ("", ".", "..") for part in parts[1:])
             and "\0" not in value
             and "\n" not in value
         ):
             return value
-    _refuse(
+    refuse(
         field,
         f"an absolute path of at most {PATH_LIMIT} bytes without empty, '.' and '..' components, "
         f"NUL and newline",
@@ -476,76 +471,5 @@ def _path(value: Any, field: str) -> str:
 
 def _id(value: Any, field: str) -> str:
     if type(value) is not str or not _ID.fullmatch(value):
-        _refuse(field, "32 hexadecimal digits in lower case", value)
+        refuse(field, "32 hexadecimal digits in lower case", value)
     return value
-
-
-def _bool(value: Any, field: str) -> bool:
-    if type(value) is not bool:
-        _refuse(field, "true or false", value)
-    return value
-
-
-def _number(value: Any, field: str, least: int, most: int) -> int:
-    # `type() is`: True is no number here.
-    if type(value) is not int or not least <= value <= most:
-        _refuse(field, f"a number from {least} to {most}", value)
-    return value
-
-
-def _object_at(value: Any, field: str) -> dict[str, Any]:
-    if type(value) is not dict:
-        _refuse(field, "an object", value)
-    return value
-
-
-def _exactly(fields: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise HelperError("bad_request", f"{where} has the unknown field {_shown(unknown[0])}")
-    for name in known:
-        if name not in fields:
-            raise HelperError("bad_request", f"{where} lacks the field {name}")
-
-
-def _refuse(field: str, rule: str, value: Any) -> NoReturn:
-    raise HelperError("bad_request", f"{field} must be {rule}, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message: what came from outside is quoted, escaped and cut."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return fields
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _depth(text: str) -> int:
-    """How deep the brackets outside strings nest."""
-    deepest = depth = 0
-    inside = escaped = False
-    for c in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif c == "\\":
-                escaped = True
-            elif c == '"':
-                inside = False
-        elif c == '"':
-            inside = True
-        elif c in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif c in "]}":
-            depth -= 1
-    return deepest

@@ -29,7 +29,7 @@ _WORDS = 4_000
 _IMPORT = "/root/import"
 
 
-def make_repository(root: Path) -> None:
+def make_repository(root: Path, *, file_bytes: int = _FILE_BYTES) -> None:
     """Files that read, and compress, about like source text; the same bytes every time."""
     random_words = random.Random(1)
     letters = "abcdefghijklmnopqrstuvwxyz_"
@@ -39,9 +39,9 @@ def make_repository(root: Path) -> None:
     for number in range(_FILES):
         directory = root / f"module{number // _PER_DIRECTORY:03}"
         directory.mkdir(parents=True, exist_ok=True)
-        text = " ".join(random_words.choices(words, k=_FILE_BYTES // 5))
+        text = " ".join(random_words.choices(words, k=file_bytes // 5))
         lines = "\n".join(text[i : i + 79] for i in range(0, len(text), 79))
-        (directory / f"file{number:05}.c").write_text(lines[:_FILE_BYTES])
+        (directory / f"file{number:05}.c").write_text(lines[:file_bytes])
 
     def git(*words: str) -> None:
         settings = [

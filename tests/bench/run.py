@@ -1,6 +1,7 @@
 """The bench: measures, prints a table, keeps the figures in bench/results.
 
-    .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import cli dns memory
+    .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import workspace cli
+                                                       dns memory
     BENCH_RUNS=20 make bench                           more than the ten runs of each side
 
 Ends with status 0 whatever the figures are: a missed aim is a finding, not a failure.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from tests.bench import dns, import_tree, in_guest, on_host, report  # noqa: E402 - needs the path
+from tests.bench import dns, import_tree, in_guest, on_host, report, workspace  # noqa: E402 - needs the path
 from tests.bench.ground import ROOT, Ground  # noqa: E402
 from tests.bench.measure import Figure  # noqa: E402
 
@@ -26,6 +27,7 @@ _WITH_VM: dict[str, Callable[[Ground, str, int], list[Figure]]] = {
     "exec": in_guest.exec_true,
     "cat": in_guest.read_file,
     "import": import_tree.import_repository,
+    "workspace": workspace.bring_in_and_back,
 }
 _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "cli": on_host.command_line,
@@ -33,7 +35,7 @@ _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "run": in_guest.run_true,
     "memory": on_host.memory,
 }
-_ORDER = ("run", "exec", "cat", "import", "cli", "dns", "memory")
+_ORDER = ("run", "exec", "cat", "import", "workspace", "cli", "dns", "memory")
 
 
 def main() -> None:

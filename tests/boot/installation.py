@@ -61,6 +61,7 @@ class Installation:
             "XDG_RUNTIME_DIR": str(root / "run"),
             "XDG_CONFIG_HOME": str(root / "config"),
             "XDG_CACHE_HOME": cache,
+            "BANGER_MODE": "user",
         }
 
     def argv(self, *words: str) -> list[str]:

@@ -204,3 +204,42 @@ def _wait_until_taken(pid: int, number: signal.Signals) -> None:
             fields = dict(line.split(":\t", 1) for line in f if ":\t" in line)
         if not int(fields["ShdPnd"].strip(), 16) >> (number - 1) & 1:
             return
+
+
+def test_a_terminal_outlives_the_daemon_and_is_given_back_as_it_was(
+    banger: Installation, web: str
+) -> None:
+    """A shell of the host around it, as a person has; a pager of the guest fills its screen."""
+    host = pexpect.spawn(
+        "/bin/bash", ["--norc", "--noediting", "-i"],
+        env={**banger.env, "PS1": "host> ", "TERM": "xterm"},
+        dimensions=(24, 80), timeout=60, encoding="utf-8",
+    )  # fmt: skip
+
+    def modes() -> str:
+        host.sendline("stty -g")
+        host.expect(r"\n([0-9a-f:]{20,})\r\n")
+        found = str(host.match.group(1))
+        host.expect_exact("host> ")
+        return found
+
+    host.expect_exact("host> ")
+    before = modes()
+    host.sendline(f"{sys.executable} -m banger.cli.entry vm exec -t {web} -- sh")
+    host.expect(r"\n[^\n]*# $")
+    banger.kill_daemon()
+    host.sendline("seq 1 100 | less")
+    host.expect_exact("\r\n23\r\n")
+    host.setwinsize(40, 80)
+    host.send("G")
+    host.expect_exact("\r\n100")
+    host.send("q")
+    host.expect("# $")
+    host.sendline("stty size; printf '\\303\\251%s\\n' $((40+2)); exit 9")
+    host.expect_exact("40 80\r\né42\r\n")
+    host.expect_exact("host> ")
+    host.sendline("echo status=$?=")
+    host.expect_exact("status=9=\r\n")
+    host.expect_exact("host> ")
+    assert modes() == before
+    host.close(force=True)

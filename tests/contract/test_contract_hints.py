@@ -43,7 +43,7 @@ def _commands(hint: ast.expr) -> list[list[str]]:
             text = node.value
         else:
             continue
-        if m := re.match(r"(?:sudo )?banger ([a-zX].*)", text):
+        if m := re.match(r"(?:BANGER_MODE=user |sudo )?banger ([a-zX].*)", text):
             words = m[1].split()
             # `banger {kind} list`: a group that is filled in is looked at in its callers' tests.
             if words[0] != "X":

@@ -6,8 +6,10 @@ never renamed or removed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from banger.api import params
+import banger.api
 from banger.api.base import Params
 from banger.daemon.handlers import build_methods
 
@@ -47,7 +49,7 @@ def _without_text(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_methods_and_their_parameters_are_what_was_agreed() -> None:
-    found = describe()
+    found = json.loads(json.dumps(describe()))
     if os.environ.get("BANGER_RENEW"):
         GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     assert found == json.loads(GOLDEN.read_text()), _RENEW
@@ -55,9 +57,14 @@ def test_methods_and_their_parameters_are_what_was_agreed() -> None:
 
 def test_every_parameter_struct_belongs_to_a_method() -> None:
     used = json.loads(GOLDEN.read_text())["params"]
+    modules = [
+        importlib.import_module(f"banger.api.{m.name}")
+        for m in pkgutil.iter_modules(banger.api.__path__)
+    ]
     defined = {
         name
-        for name, kind in vars(params).items()
+        for module in modules
+        for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, Params) and kind is not Params
     }
     assert defined == set(used)

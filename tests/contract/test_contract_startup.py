@@ -31,7 +31,7 @@ def loaded_by(tmp_path: Path, *words: str, **env: str) -> tuple[str, set[str]]:
         capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
         env={
             "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path),
-            "XDG_RUNTIME_DIR": str(tmp_path), **env,
+            "XDG_RUNTIME_DIR": str(tmp_path), "BANGER_MODE": "user", **env,
         },
     )  # fmt: skip
     report = json.loads(done.stderr.splitlines()[-1])

@@ -49,11 +49,31 @@ class Agent:
         self.directory = directory
         self.socket = directory / "agent"
         self._program = program
+        self._accounts = directory / "root"
+        self._make_accounts()
         config = directory / "config.json"
         config.write_text(
             json.dumps({"schema": 1, "vm_id": VM_ID, "name": "web", "hostname": "web"})
         )
         self.process = self._start()
+
+    def _make_accounts(self) -> None:
+        """This host's accounts with a home of our own: nobody's profile is run by a test."""
+        home = self.directory / "home"
+        home.mkdir()
+        (self._accounts / "etc").mkdir(parents=True)
+        (self._accounts / "bin").mkdir()
+        for shell in ("bash", "sh"):
+            (self._accounts / "bin" / shell).symlink_to(f"/bin/{shell}")
+        (self._accounts / "etc" / "group").symlink_to("/etc/group")
+        me = os.geteuid()
+        rows = []
+        for row in Path("/etc/passwd").read_text().splitlines():
+            fields = row.split(":")
+            if int(fields[2]) == me:
+                fields[5], fields[6] = str(home), "/bin/bash"
+            rows.append(":".join(fields))
+        (self._accounts / "etc" / "passwd").write_text("\n".join(rows) + "\n")
 
     def restart(self) -> None:
         """The agent ends, and only it; another one comes in its place."""
@@ -72,7 +92,8 @@ class Agent:
         process = subprocess.Popen(
             [self._program, "serve", "--listen", f"unix:{self.socket}",
              "--config", directory / "config.json",
-             "--announce", f"unix:{directory / 'host'}", "--sessions", directory / "sessions"],
+             "--announce", f"unix:{directory / 'host'}", "--sessions", directory / "sessions",
+             "--root", self._accounts],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip

@@ -36,6 +36,8 @@ class CommandLine:
         for name in ("STATE", "CACHE", "CONFIG"):
             monkeypatch.setenv(f"XDG_{name}_HOME", str(root / name.lower()))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(root / "run"))
+        # Whatever this host has for daily use is not what is tested.
+        monkeypatch.setenv("BANGER_MODE", "user")
         monkeypatch.setenv("NO_COLOR", "1")
         monkeypatch.setattr(Server, "_spawn", self._refuse)
         # Read once per process, and this process runs many command lines.

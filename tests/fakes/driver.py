@@ -37,6 +37,7 @@ class FakeDriver:
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}
+        self.put_error: str | None = None  # what guests that come up from now on say to a `put`
         self._faults = faults
         self._lives: dict[str, list[int]] = {}
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -71,6 +72,7 @@ class FakeDriver:
         )
         if earlier := self.guests.get(vm_id):
             await earlier.end()
+        guest.put_error = self.put_error
         await guest.listen()
         # Last, because tests wait for it: who is known here listens.
         self.guests[vm_id] = guest

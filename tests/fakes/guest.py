@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from banger.disk.cpio import read_members
 from banger.guest.config import CONFIG_MEMBER
+from banger.rpc.frames import FrameType, encode
 from banger.rpc.unix import short_path
 
 BOOT_ID = "11111111-2222-3333-4444-555555555555"
@@ -66,6 +67,9 @@ class FakeGuest:
         self.config = config
         self.shutdown: Shutdown = "obeys"
         self.asked: list[str] = []
+        self.received: list[tuple[dict[str, Any], bytes]] = []
+        self.put_error: str | None = None
+        self.answers: dict[str, dict[str, Any]] = {}  # method → reply, for what is not fixed here
         self._socket = runtime / "vsock.sock"
         self._power_off = power_off
         self._server: asyncio.Server | None = None
@@ -93,13 +97,34 @@ class FakeGuest:
                 return
             writer.write(b"OK 1073741824\n")
             line = await reader.readline()
-            if line:
+            if line and json.loads(line)["method"] == "put":
+                await self._receive(json.loads(line), reader, writer)
+            elif line:
                 writer.write(json.dumps(self._answer(json.loads(line))).encode() + b"\n")
                 await writer.drain()
         except ConnectionError:
             return
         finally:
             writer.close()
+
+    async def _receive(
+        self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """One `put`: the tar is kept in `received`; `put_error` refuses it."""
+        self.asked.append("put")
+        assert request["token"] == self.config["token"]
+        writer.write(b'{"stream":true}\n')
+        tar = b""
+        while (header := await reader.readexactly(5))[0] == FrameType.DATA:
+            tar += await reader.readexactly(int.from_bytes(header[1:], "big"))
+        assert header[0] == FrameType.DATA_END
+        self.received.append((request["params"], tar))
+        if self.put_error is not None:
+            document = {"code": "operation_failed", "message": self.put_error}
+            writer.write(encode(FrameType.ERROR, json.dumps(document).encode()))
+        else:
+            writer.write(encode(FrameType.RESULT, b'{"files":0,"bytes":0}'))
+        await writer.drain()
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         method = request["method"]
@@ -125,6 +150,8 @@ class FakeGuest:
                 if self.shutdown == "obeys":
                     self._power_off()
                 result = {}
+            case _ if method in self.answers:
+                return self.answers[method]
             case _:
                 return {"error": {"code": "unknown_method", "message": method}}
         return {"result": result}

@@ -19,6 +19,8 @@ import msgspec
 from banger.errors import BangerError
 from banger.files import remove_tree
 from banger.host.lease import (
+    Bridge,
+    Bridge,
     BridgeStatus,
     HostStatus,
     LaunchPlan,
@@ -26,6 +28,7 @@ from banger.host.lease import (
     LeaseId,
     LeasePlan,
     LeaseStatus,
+    Swept,
 )
 from banger.host.privilege import Privilege
 from banger.host.vmm_process import ProcessRef, kill_vmm
@@ -101,6 +104,9 @@ class FakeHost:
         await self._faults.arrive("host.launch.reply")
         return ref
 
+    def refill(self, bridge: Bridge) -> None:
+        """Taps cost nothing here."""
+
     async def release(self, lease_id: LeaseId, *, op_id: str = "") -> None:
         self._require_privilege()
         await self._faults.arrive("host.release")
@@ -127,9 +133,9 @@ class FakeHost:
                     os.close(fd)
         remove_tree(cgroup)
 
-    async def sweep(self, *, op_id: str = "") -> tuple[LeaseId, ...]:
+    async def sweep(self, pool: Bridge | None = None) -> Swept:
         await self._faults.arrive("host.sweep")
-        return ()
+        return Swept(removed=())
 
     async def status(self, *, op_id: str = "") -> HostStatus:
         self._require_privilege()

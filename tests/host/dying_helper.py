@@ -14,8 +14,7 @@ from typing import Any
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../src"))
 
-import banger_root.leases as leases_module
-from banger_root import cgroup, nft
+from banger_root import cgroup, nft, pool, steps
 from banger_root.ledger import Ledger
 from banger_root.server import main
 
@@ -36,17 +35,18 @@ def die_after(owner: Any, name: str, *, call: int = 1) -> None:
 
 
 MADE = {
-    "bridge": (leases_module, "ensure_bridge"),
+    "bridge": (steps, "ensure_bridge"),
+    "tap": (steps, "make_tap"),
     "elements": (nft, "add_elements"),
-    "tap": (leases_module, "make_tap"),
-    "port": (leases_module, "attach_tap"),
+    "port": (steps, "attach_tap"),
     "cgroup": (cgroup, "make_cgroup"),
 }
 UNDONE = {
     "cgroup": (cgroup, "remove_cgroup"),
-    "tap": (leases_module, "remove_tap"),
+    "tap": (pool, "remove_tap"),
+    "port": (pool, "attach_tap"),
     "elements": (nft, "remove_elements"),
-    "bridge": (leases_module, "remove_bridge_if_unused"),
+    "bridge": (steps, "remove_bridge_if_unused"),
 }
 
 

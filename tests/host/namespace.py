@@ -59,6 +59,8 @@ def elements() -> dict[str, list[Any]]:
     """The elements of banger's sets, as `nft -j` shows them; empty without tables."""
     found: dict[str, list[Any]] = {}
     for item in json.loads(run("nft -j list ruleset"))["nftables"]:
+        if "set" in item and (item["set"]["table"], item["set"]["name"]) == ("banger", "layout"):
+            continue
         if "set" in item and item["set"]["table"] == "banger":
             members = item["set"].get("elem", [])
             found[item["set"]["name"]] = sorted(

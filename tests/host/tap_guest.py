@@ -46,10 +46,11 @@ class TapGuest:
             except BlockingIOError:
                 return found
 
-    def settle(self) -> list[bytes]:
+    def settle(self, *, everything: bool = False) -> list[bytes]:
         """Ping the gateway until it answers; everything that arrived before the answer.
 
-        What was sent before has been through the bridge by then: frames keep their order.
+        What was sent before has been through the bridge by then: frames keep their order. Of
+        pings' answers only with `everything`.
         """
         self._sequence += 1
         arrived: list[bytes] = []
@@ -66,6 +67,10 @@ class TapGuest:
                 if self._asks_for_us(frame):
                     self.send(arp(2, self.mac, self.address, self.gateway_mac, self.gateway))
                 elif frame[12:14] == b"\x08\x00" and frame[23] == 1 and frame[34] == 0:
+                    if everything:
+                        arrived.append(frame)
+                    if frame[26:30] != socket.inet_aton(self.gateway):
+                        continue
                     if struct.unpack("!H", frame[40:42])[0] == self._sequence:
                         return arrived
                 else:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.host
 
 HELPER = Path(__file__).resolve().parents[2] / "src/banger_root"
 DYING = Path(__file__).with_name("dying_helper.py")
+SWEPT_NOTHING = {"removed": [], "strays": [], "pooled": 0}
 ISOLATED = ["/usr/bin/python3", "-I", "-S", "-B"]
 
 
@@ -99,7 +100,7 @@ def test_helper_killed_in_prepare_leaves_nothing_that_the_next_one_cannot_give_b
             assert len(elements()["vm_ports"]) == 1
         if cleaner == "sweep" and moment != "save:6":
             # After the sixth write the lease is whole, only the answer was lost.
-            assert line.call("sweep") == {"result": {"removed": [params["vm_id"]]}}
+            assert line.call("sweep") == {"result": {**SWEPT_NOTHING, "removed": [params["vm_id"]]}}
         else:
             assert line.call("release", id=params["vm_id"]) == {"result": {}}
     assert census() == before
@@ -123,7 +124,7 @@ def test_helper_killed_in_release_leaves_nothing_that_the_next_one_cannot_give_b
         assert line.process.wait() == -signal.SIGKILL
     with running(ledger) as line:
         if cleaner == "sweep":
-            assert line.call("sweep") == {"result": {"removed": [params["vm_id"]]}}
+            assert line.call("sweep") == {"result": {**SWEPT_NOTHING, "removed": [params["vm_id"]]}}
         else:
             assert line.call("release", id=params["vm_id"]) == {"result": {}}
     assert census() == before
@@ -181,7 +182,7 @@ def test_request_in_pieces_and_requests_in_one_piece_are_answered(
     with running(tmp_path / "leases") as line:
         line.send(request[:10])
         line.send(request[10:] + request)
-        assert [line.answer(), line.answer()] == [{"result": {"removed": []}}] * 2
+        assert [line.answer(), line.answer()] == [{"result": SWEPT_NOTHING}] * 2
 
 
 def test_too_long_line_is_refused_and_ends_the_connection(namespace: None, tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_helper_runs_from_a_zip(namespace: None, tmp_path: Path) -> None:
         for module in HELPER.glob("*.py"):
             z.write(module, f"banger_root/{module.name}")
     with running(tmp_path / "leases", *ISOLATED, str(archive)) as line:
-        assert line.call("sweep") == {"result": {"removed": []}}
+        assert line.call("sweep") == {"result": SWEPT_NOTHING}
 
 
 def test_helper_imports_only_the_standard_library(namespace: None) -> None:

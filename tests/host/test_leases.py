@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-import banger_root.leases as leases_module
-from banger_root import cgroup, nft, process
+from banger_root import cgroup, nft, pool, process, steps, sweep
 from banger_root.errors import HelperError
 from banger_root.leases import Leases
 from banger_root.ledger import Ledger
 from banger_root.netlink import Rtnetlink
-from banger_root.validate import LeasePlan, parse_prepare
+from banger_root.validate import Bridge, LeasePlan, parse_prepare
 from host.conftest import BRIDGE_MAC, build_params, build_plan
 from host.namespace import census, elements, ip, run
 
 pytestmark = pytest.mark.host
 
 Prepared = Callable[..., LeasePlan]
+SWEPT_NOTHING = {"removed": [], "strays": [], "pooled": 0}
 
 
 def test_first_lease_makes_the_bridge_with_its_address(prepared: Prepared) -> None:
@@ -77,8 +77,10 @@ def test_lease_adds_exactly_its_elements(prepared: Prepared) -> None:
     assert elements() == {
         "vm_addresses": ["172.31.0.2"],
         "host_ports": [["172.31.0.2", "172.31.0.1", 7001]],
+        "nat_addresses": [],
         "open_guests": [],
         "vm_ports": [[plan.own_tap, "06:00:ac:1f:00:02", "172.31.0.2"]],
+        "nat_taps": [],
         "open_ports": [],
     }
 
@@ -199,7 +201,7 @@ def test_sweep_spares_the_leases_of_another_ledger(prepared: Prepared, tmp_path:
     prepared(2)
     before = census()
     other = Leases(Ledger(str(tmp_path / "other")), owner_uid=0)
-    assert other.sweep() == {"removed": []}
+    assert other.sweep() == SWEPT_NOTHING
     assert census() == before
 
 
@@ -226,9 +228,9 @@ def test_sweep_releases_a_lease_that_no_process_uses(
     leases: Leases, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = prepared(2)
-    assert leases.sweep() == {"removed": []}
-    monkeypatch.setattr(leases_module, "ORPHAN_AGE_S", 0.0)
-    assert leases.sweep() == {"removed": [plan.vm_id]}
+    assert leases.sweep() == SWEPT_NOTHING
+    monkeypatch.setattr(sweep, "ORPHAN_AGE_S", 0.0)
+    assert leases.sweep() == {**SWEPT_NOTHING, "removed": [plan.vm_id]}
 
 
 def test_sweep_spares_a_lease_whose_tap_is_open(
@@ -237,11 +239,11 @@ def test_sweep_spares_a_lease_whose_tap_is_open(
     from host.tap_guest import TapGuest
 
     plan = prepared(2)
-    monkeypatch.setattr(leases_module, "ORPHAN_AGE_S", 0.0)
+    monkeypatch.setattr(sweep, "ORPHAN_AGE_S", 0.0)
     guest = TapGuest(plan.own_tap, "172.31.0.2", "172.31.0.1", BRIDGE_MAC)
-    assert leases.sweep() == {"removed": []}
+    assert leases.sweep() == SWEPT_NOTHING
     guest.close()
-    assert leases.sweep() == {"removed": [plan.vm_id]}
+    assert leases.sweep() == {**SWEPT_NOTHING, "removed": [plan.vm_id]}
 
 
 def test_foreign_link_with_the_bridge_name_is_refused_and_kept(leases: Leases) -> None:
@@ -273,13 +275,13 @@ def test_tap_name_taken_at_the_last_moment_is_kept(
     leases: Leases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = build_plan(2)
-    real = nft.add_elements
+    real = steps.ensure_bridge
 
-    def add(plan: LeasePlan, *, with_layout: bool) -> None:
-        real(plan, with_layout=with_layout)
+    def ensure(rt: Rtnetlink, bridge: Bridge) -> None:
+        real(rt, bridge)
         run(f"ip tuntap add {plan.own_tap} mode tap")
 
-    monkeypatch.setattr(nft, "add_elements", add)
+    monkeypatch.setattr(steps, "ensure_bridge", ensure)
     with pytest.raises(HelperError, match="a link of that name exists"):
         leases.prepare(plan)
     assert census()["links"] == ["lo", plan.own_tap]
@@ -302,10 +304,10 @@ def test_missing_nft_rolls_back_and_names_the_package(
 
 
 STEPS = [
-    (leases_module, "ensure_bridge"),
+    (steps, "ensure_bridge"),
     (nft, "add_elements"),
-    (leases_module, "make_tap"),
-    (leases_module, "attach_tap"),
+    (steps, "make_tap"),
+    (steps, "attach_tap"),
     (cgroup, "make_cgroup"),
 ]
 
@@ -376,16 +378,16 @@ def test_release_tries_every_step_and_keeps_what_failed(
     owner: Any
     owner, name = {
         "cgroup": (cgroup, "remove_cgroup"),
-        "tap": (leases_module, "remove_tap"),
+        "tap": (pool, "remove_tap"),
         "elements": (nft, "remove_elements"),
-        "bridge": (leases_module, "remove_bridge_if_unused"),
+        "bridge": (steps, "remove_bridge_if_unused"),
     }[step]
     entry = ledger.find(plan.vm_id)
     assert entry is not None
     if step not in entry.held:
         pytest.skip(f"needs a writable cgroup v2 for {step}")
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EBUSY, "the test made it fail")
 
     with monkeypatch.context() as patch:
@@ -405,12 +407,12 @@ def test_rollback_failure_is_attached_to_the_first_error(
     def fail(*_: Any, **__: Any) -> None:
         raise HelperError("operation_failed", "the first failure")
 
-    def fail_again(*_: Any) -> None:
+    def fail_again(*_: Any, **__: Any) -> None:
         raise HelperError("operation_failed", "the second failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr(leases_module, "attach_tap", fail)
-        patch.setattr(leases_module, "remove_bridge_if_unused", fail_again)
+        patch.setattr(steps, "attach_tap", fail)
+        patch.setattr(steps, "remove_bridge_if_unused", fail_again)
         with pytest.raises(HelperError) as caught:
             leases.prepare(build_plan(2))
     assert caught.value.message == "the first failure"
@@ -491,4 +493,4 @@ def test_lease_of_another_owner_is_out_of_reach(prepared: Prepared, ledger: Ledg
     with pytest.raises(HelperError) as caught:
         other.release(plan.vm_id)
     assert caught.value.code == "unauthorized"
-    assert other.sweep() == {"removed": []}
+    assert other.sweep() == SWEPT_NOTHING

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from banger_root import validate
+from banger_root import fields, validate
 from banger_root.errors import HelperError
 
 # A loaded machine is no defect of the code under test.
@@ -92,7 +92,9 @@ def test_right_params_pass_and_survive_the_ledger(params: dict[str, Any]) -> Non
 def test_unknown_field_is_refused_wherever_it_is(
     params: dict[str, Any], data: st.DataObject
 ) -> None:
-    where = data.draw(st.sampled_from([params, params["bridge"], params["guest"], params["limits"]]))
+    where = data.draw(
+        st.sampled_from([params, params["bridge"], params["guest"], params["limits"]])
+    )
     name = data.draw(st.text().filter(lambda n: n not in where))
     where[name] = data.draw(values)
     with pytest.raises(HelperError) as caught:
@@ -171,7 +173,7 @@ def test_depth_is_bounded_before_anything_is_parsed(depth: int, opening: str) ->
     closing = "]" if opening == "[" else "}"
     inner = opening * depth + "1" + closing * depth
     line = f'{{"version":1,"method":"sweep","params":{{"x":{inner}}}}}'.encode()
-    if depth + 2 <= validate.DEPTH_LIMIT:
+    if depth + 2 <= fields.DEPTH_LIMIT:
         assert validate.parse_request(line).method == "sweep"
     else:
         with pytest.raises(HelperError, match="nests deeper"):

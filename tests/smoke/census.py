@@ -1,4 +1,4 @@
-"""What banger holds on a host: processes, links, nft elements, cgroups, mounts, sockets, files, rows.
+"""What banger holds on a host: processes, links, nft elements, cgroups, mounts, sockets, rows.
 
 Read from the kernel, the system's own tools and the files themselves, never from banger, so that it
 can judge what banger says. A census is a multiset: what is the same in kind counts, however it is

@@ -30,8 +30,8 @@ def held_by_shared() -> Counter[str]:
 
 def shared() -> str:
     """The name of a running VM that the scenarios of its chain use one after the other."""
-    if _held and SHARED in banger.vm_names():
-        if show(SHARED)["state"] != "running":
+    if _held and (found := banger.done("vm", "show", SHARED)).status == 0:
+        if json.loads(found.out)["state"] != "running":
             banger("vm", "start", SHARED)
         return SHARED
     before = take_census()

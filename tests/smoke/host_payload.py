@@ -51,9 +51,15 @@ def build_payload(directory: Path) -> Path:
     )
     (tree / "config.toml").write_text(_CONFIG)
     shutil.copy(HERE / "inside.sh", tree / "inside.sh")
-    (tree / "tests" / "smoke").mkdir(parents=True)
-    for name in ("__init__.py", "scenarios.py", "census.py"):
-        shutil.copy(HERE / name, tree / "tests" / "smoke" / name)
+    inside = tree / "tests" / "smoke"
+    (inside / "scenarios").mkdir(parents=True)
+    for name in ("__init__", "inside", "registry", "calls", "guests", "census", "events"):
+        shutil.copy(HERE / f"{name}.py", inside / f"{name}.py")
+    for path in (HERE / "scenarios").glob("*.py"):
+        shutil.copy(path, inside / "scenarios" / path.name)
+    (tree / "tests" / "bench").mkdir()
+    for name in ("__init__", "dns", "measure"):
+        shutil.copy(HERE.parent / "bench" / f"{name}.py", tree / "tests" / "bench" / f"{name}.py")
     disk = directory / "payload.sqfs"
     # Not compressed: everything big in it already is, and the emulated processor would unpack it.
     run(

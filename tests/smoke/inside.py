@@ -1,26 +1,22 @@
 """The loop in the nested host: asks for scenarios, runs them as root, reports each as an event.
 
-A scenario leaves the host as it found it: one that does not, fails. Events are lines that start
-with `@`, everything else is log. Standard library only, against the installed banger.
+A scenario leaves the host as it found it: one that does not, fails. Standard library only, against
+the installed banger.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tests.smoke import guests
 from tests.smoke.calls import banger, expect, host
 from tests.smoke.census import STATE, dns_address, take_census
+from tests.smoke.events import emit
 from tests.smoke.registry import Scenario, Skipped, choose
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MARKER = Path("/etc/banger/smoke-host")
 # What ends asynchronously (a scope, a socket's last reference) has this long to be gone.
@@ -35,7 +31,7 @@ def main() -> int:
     before = take_census()
     with Path("/dev/ttyS1").open() as port:
         while True:
-            _event({"want": True})
+            emit(want=True)
             names = port.readline().split()
             if not names:
                 return 0
@@ -45,15 +41,16 @@ def main() -> int:
 
 def _report(scenario: Scenario, before: Counter[str]) -> Counter[str]:
     """Run one scenario between its two events; return the census that the next one starts from."""
-    _event({"start": scenario.name})
+    emit(start=scenario.name)
     started = time.monotonic()
     result = _run(scenario, before)
-    _event({"end": scenario.name, "result": result, "seconds": round(time.monotonic() - started, 1)})
+    emit(end=scenario.name, result=result, seconds=round(time.monotonic() - started, 1))
     return take_census() - guests.held_by_shared() if result == "fail" else before
 
 
 def _run(scenario: Scenario, before: Counter[str]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
+    sizes = {path: path.stat().st_size for path in STATE.glob("*.log")}
     try:
         if scenario.kind == "global":
             guests.drop_shared()
@@ -65,7 +62,7 @@ def _run(scenario: Scenario, before: Counter[str]) -> str:
         return "skip"
     except Exception:
         traceback.print_exc(file=sys.stdout)
-        _show_evidence(since)
+        _show_evidence(since, sizes)
         _delete_all()
         return "fail"
     return "pass"
@@ -81,21 +78,16 @@ def _expect_nothing_left(before: Counter[str]) -> None:
     guests.used_names.clear()
 
 
-def _show_evidence(since: str) -> None:
+def _show_evidence(since: str, sizes: dict[Path, int]) -> None:
     """Print what the services logged since the scenario began, and the end of every console."""
     units = ["-u", "bangerd.service", "-u", "bangerd-root.service"]
-    sources: list[tuple[str, Callable[[], str]]] = [
-        ("journal", lambda: host("journalctl", "-q", "-o", "cat", "--since", since, *units)),
-        *(
-            (str(path), lambda path=path: path.read_text(errors="replace"))  # type: ignore[misc]
-            for path in STATE.glob("vms/*/console.log")
-        ),
-    ]
-    for name, read in sources:
-        try:
-            print(f"--- {name}\n{read()[-6000:]}", flush=True)
-        except (OSError, AssertionError) as e:
-            print(f"--- {name}: {e}")
+    try:
+        print(host("journalctl", "-q", "-o", "cat", "--since", since, *units), flush=True)
+    except AssertionError as e:
+        print(e)
+    for path in (*STATE.glob("*.log"), *STATE.glob("vms/*/console.log")):
+        text = path.read_bytes()[sizes.get(path, 0) :].decode(errors="replace")
+        print(f"--- {path}\n{text[-4000:]}", flush=True)
 
 
 def _delete_all() -> None:
@@ -107,16 +99,6 @@ def _delete_all() -> None:
         guests.used_names.clear()
     except (OSError, AssertionError) as e:
         print(f"cleaning up after the failure: {e}")
-
-
-def figures(values: dict[str, object]) -> None:
-    """Report what a scenario has measured."""
-    _event({"figures": values})
-
-
-def _event(event: dict[str, object]) -> None:
-    sys.stdout.flush()
-    print(f"@event {json.dumps(event)}", flush=True)
 
 
 if __name__ == "__main__":

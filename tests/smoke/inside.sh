@@ -1,32 +1,41 @@
 #!/bin/bash
-# Runs as root in the nested host, from the payload disk: installs the project from its wheel and
-# starts the scenarios. Everything it prints reaches the runner through the second serial port.
+# Runs as root in the nested host, from the payload disk: installs the project from its wheel the way
+# its user would, and starts the loop that runs the scenarios. Everything it prints reaches the runner
+# through the second serial port.
 set -euo pipefail
 exec 2>&1
 
 step() { echo "@step $(cut -d' ' -f1 /proc/uptime) $*"; }
 
+# as_owner COMMAND…: run it as the user whose banger this is.
+as_owner() {
+    setpriv --reuid dev --regid dev --init-groups \
+        env -i HOME=/home/dev USER=dev LOGNAME=dev LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin "$@"
+}
+
 step "host is up"
 modprobe kvm-amd
-venv=/opt/banger
-state=$XDG_STATE_HOME/banger
+venv=/home/dev/.venv
 
 step "installing the wheel"
-python3 -m venv --without-pip "$venv"
+as_owner python3 -m venv --without-pip "$venv"
 # The distribution's own pip, from outside: putting one into the environment takes as long as a boot.
 pip=(/usr/share/python-wheels/pip-*.whl)
-python3 "${pip[0]}/pip" --python "$venv/bin/python" --disable-pip-version-check \
-    install --quiet --no-index --no-compile --root-user-action ignore \
-    --find-links /payload/wheels banger-vm
+as_owner python3 "${pip[0]}/pip" --python "$venv/bin/python" --disable-pip-version-check \
+    install --quiet --no-index --no-compile --find-links /payload/wheels banger-vm
 
 step "placing kernel, image and firecracker"
-mkdir -p "$state" /root/.config/banger
-tar -C "$state" -xf /payload/state.tar
-cp /payload/config.toml /root/.config/banger/config.toml
+install -d -o dev -g dev -m 0700 /var/lib/banger
+as_owner tar -C /var/lib/banger -xf /payload/state.tar
+install -m 0644 /payload/config.toml /etc/banger/config.toml
+
+step "banger system install"
+"$venv/bin/banger" system install --owner dev || {
+    journalctl -q -o cat -u bangerd.service -u bangerd-root.service
+    exit 1
+}
+as_owner /usr/local/bin/banger system status
 
 step "scenarios"
-chosen=$(tr ' ' '\n' < /proc/cmdline | sed -n 's/^smoke\.scenarios=//p')
-IFS=, read -r -a selected <<< "$chosen"
-export BANGER=$venv/bin/banger
 cd /payload
-python3 -B -m tests.smoke.scenarios "${selected[@]}"
+python3 -B -m tests.smoke.inside

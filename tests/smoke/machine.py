@@ -40,7 +40,8 @@ def qemu_command(image: HostImage, payload: Path, scratch: Path, console: Path) 
         *("-kernel", str(image.kernel)),
         *("-initrd", str(image.initrd)),
         "-append",
-        "root=/dev/vda rootfstype=squashfs ro console=ttyS0 quiet mitigations=off",
+        "root=/dev/vda rootfstype=squashfs ro console=ttyS0 loglevel=5 systemd.show_status=0 "
+        "mitigations=off panic=1",
         *("-drive", f"file={image.root},format=raw,if=virtio,readonly=on"),
         *("-drive", f"file={scratch},format=raw,if=virtio,cache=unsafe,discard=unmap"),
         *("-drive", f"file={payload},format=raw,if=virtio,readonly=on"),
@@ -82,6 +83,7 @@ class Machine(threading.Thread):
 
     def run(self) -> None:
         given: list[str] = []
+        released = False
         deadline = threading.Timer(self._limit_s, self.stop)
         deadline.start()
         try:
@@ -93,12 +95,14 @@ class Machine(threading.Thread):
                     if self._told.feed(line.rstrip("\r\n")):
                         unit = [each.name for each in self._deal.take()]
                         given += unit
+                        released = not unit
                         self._answer(" ".join(unit))
         finally:
             deadline.cancel()
             self.stop()
             self._process.wait()
-            self._told.close([name for name in given if name not in self._report.results])
+            unfinished = [name for name in given if name not in self._report.results]
+            self._told.close(unfinished, released=released)
 
     def _answer(self, text: str) -> None:
         assert self._process.stdin is not None

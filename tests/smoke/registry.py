@@ -79,9 +79,7 @@ def all_scenarios() -> list[Scenario]:
     # Importing them registers them.
     from tests.smoke import scenarios as _  # noqa: F401
 
-    return sorted(
-        _registered, key=lambda each: (each.measured, each.final, each.kind == "global")
-    )
+    return sorted(_registered, key=lambda each: (each.measured, each.final, each.kind == "global"))
 
 
 def choose(names: Sequence[str]) -> list[Scenario]:

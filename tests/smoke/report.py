@@ -32,7 +32,7 @@ class Report:
                 self._dump(name, log)
 
     def lost(self, name: str, log: list[str]) -> None:
-        """A host ended in the midst of a scenario, or before its first one."""
+        """A host ended in the midst of a scenario; before its first one, `name` is the host."""
         with self._lock:
             print(f"FAIL {name}: the host ended before it was done; its last words:", flush=True)
             self._dump(name, log)
@@ -97,7 +97,13 @@ class HostLog:
             self._report.measured(event["figures"])
         return "want" in event
 
-    def close(self, unfinished: list[str]) -> None:
-        """The host has ended; `unfinished` is what it was given and has not told the end of."""
+    def close(self, unfinished: list[str], *, released: bool) -> None:
+        """The host has ended.
+
+        `unfinished` is what it was given and has not told the end of; `released`: it was told that
+        there is no more.
+        """
         if self._running is not None or unfinished:
             self._report.lost(self._running or unfinished[0], self._log)
+        elif not released:
+            self._report.lost(f"host-{self._number}", self._log)

@@ -81,7 +81,18 @@ def keep_figures(report: Report) -> None:
         FIGURES.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
         path = FIGURES / f"{stamp}-host.json"
-        path.write_text(json.dumps(report.figures, indent=1) + "\n")
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        document = {
+            "schema": 1,
+            "time": stamp,
+            "where": "nested host: QEMU, software emulation, one processor",
+            "commit": commit,
+            "load": os.getloadavg(),
+            "figures": report.figures,
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
         say(f"smoke: figures in {path}")
 
 

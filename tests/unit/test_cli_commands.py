@@ -102,14 +102,42 @@ def test_list_for_scripts_is_names_or_json(cli: CommandLine, serve: Serve) -> No
 
 def test_ports_say_what_only_the_guest_reaches(cli: CommandLine, serve: Serve) -> None:
     row = r.PortRow(
-        vm="web", port=22, proto="tcp", process="sshd", address="0.0.0.0",
-        endpoint="172.16.0.2:22", reachable=True,
+        vm="web", port=80, proto="tcp", process="app", address="0.0.0.0",
+        endpoint="web.vm:80", reachable=True, scheme="http", link="http://web.vm/",
     )  # fmt: skip
-    inside = msgspec.structs.replace(row, port=5432, address="127.0.0.1", reachable=False)
+    inside = msgspec.structs.replace(
+        row, port=5432, process="", address="127.0.0.1", endpoint="127.0.0.1:5432",
+        reachable=False, fix="listen on 0.0.0.0", scheme=None, link=None,
+    )  # fmt: skip
     serve(vm__ports=lambda _: [row, inside])
     lines = cli("vm", "ports", "web").out.splitlines()
-    assert lines[1].split() == ["22", "tcp", "sshd", "172.16.0.2:22", "web"]
-    assert "only inside the guest (127.0.0.1)" in lines[2]
+    assert [line.split() for line in lines] == [
+        ["PORT", "PROTO", "PROCESS", "ENDPOINT", "LINK"],
+        ["80", "tcp", "app", "web.vm:80", "http://web.vm/"],
+        ["5432", "tcp", "-", "only", "in", "web:", "127.0.0.1:5432", "listen", "on", "0.0.0.0"],
+    ]
+
+
+def test_ports_of_several_vms_are_one_table_in_the_order_given(
+    cli: CommandLine, serve: Serve
+) -> None:
+    def answer(params: p.VmRef) -> list[r.PortRow]:
+        if params.vm == "gone":
+            raise BangerError("not_running", "VM gone is stopped")
+        return [
+            r.PortRow(
+                vm=params.vm, port=22, proto="tcp", process="sshd", address="::",
+                endpoint=f"{params.vm}.vm:22", reachable=True,
+            )
+        ]  # fmt: skip
+
+    serve(vm__ports=answer)
+    done = cli("vm", "ports", "web", "gone", "db", "web")
+    assert [line.split()[3] for line in done.out.splitlines()[1:]] == ["web.vm:22", "db.vm:22"]
+    assert (done.status, "VM gone is stopped" in done.err) == (1, True)
+    assert [x["vm"] for x in json.loads(cli("vm", "ports", "--json", "web", "db").out)] == [
+        "web", "db",
+    ]  # fmt: skip
 
 
 def test_logs_are_bytes_as_they_come(serve: Serve) -> None:
@@ -258,7 +286,11 @@ def test_create_for_scripts_is_quiet_or_json(cli: CommandLine, serve: Serve) -> 
 def test_dry_run_prints_the_files_and_makes_nothing(
     cli: CommandLine, serve: Serve, tmp_path: Path
 ) -> None:
-    daemon = serve(vm__workspace__files=lambda _: r.FileList(names=("Makefile", "src/a.c")))
+    async def files(call: Call, _: p.ShipWorkspace) -> r.FileList:
+        await call.data(b"Makefile\nsrc/a.c\n")
+        return r.FileList(names=())
+
+    daemon = serve(vm__workspace__files=files)
     done = cli("vm", "run", str(tmp_path), "--dry-run", "--include-untracked")
     assert (done.status, done.out, done.err) == (0, "Makefile\nsrc/a.c\n", "")
     ((_, params),) = daemon.asked

@@ -49,6 +49,7 @@ def complete_line(
         "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
         "HOME": str(tmp_path),
         "XDG_RUNTIME_DIR": str(tmp_path / "run"),
+        "BANGER_MODE": "user",
         "_BANGER_COMPLETE": f"{shell}_complete",
         "COMP_WORDS": line,
     }

@@ -42,7 +42,7 @@ class Home:
             "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "HOME": str(root),
             **{f"XDG_{name}_HOME": str(root / name.lower()) for name in
                ("STATE", "CACHE", "CONFIG")},
-            "XDG_RUNTIME_DIR": str(root / "run"),
+            "XDG_RUNTIME_DIR": str(root / "run"), "BANGER_MODE": "user",
         }  # fmt: skip
         self.paths = Paths(
             state=root / "state" / "banger", cache=root / "cache" / "banger",

@@ -152,7 +152,7 @@ async def test_looking_into_a_guest(banger: Running) -> None:
     health = await banger.call("vm.health", p.VmRef(vm="web"))
     assert health["hostname"] == "web"
     ssh, inside = await banger.call("vm.ports", p.VmRef(vm="web"), list[r.PortRow])
-    assert (ssh.reachable, ssh.endpoint) == (True, "172.16.0.2:22")
+    assert (ssh.reachable, ssh.endpoint) == (True, "web.vm:22")
     assert (inside.reachable, inside.process) == (False, "a?[")
     access = await banger.call("vm.ssh", p.VmRef(vm="web"), r.SshAccess)
     assert (access.sshd, access.address) == (True, "172.16.0.2")

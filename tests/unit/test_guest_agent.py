@@ -85,6 +85,29 @@ async def test_listening_port_is_seen(guest: GuestClient) -> None:
     assert (found.proto, found.address, found.pid) == ("tcp", "127.0.0.1", os.getpid())
 
 
+async def test_port_is_dialled_and_its_first_words_are_the_callers(guest: GuestClient) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        loop = asyncio.get_running_loop()
+
+        async def greet() -> bytes:
+            peer, _ = await loop.sock_accept(listener)
+            with peer:
+                await loop.sock_sendall(peer, b"hello")
+                return await loop.sock_recv(peer, 10)
+
+        greeting = asyncio.ensure_future(greet())
+        with await guest.dial(port) as sock:
+            assert await loop.sock_recv(sock, 5) == b"hello"
+            await loop.sock_sendall(sock, b"bye")
+            assert await greeting == b"bye"
+    with pytest.raises(BangerError):
+        await guest.dial(port)
+
+
 async def test_error_of_the_agent_arrives_with_its_reason(guest: GuestClient) -> None:
     with pytest.raises(BangerError) as caught:
         await guest.reseed(b"x" * 64)

@@ -84,7 +84,7 @@ def test_a_missing_program_names_where_was_looked(tmp_path: Path, only_tmp_on_pa
     result = find_firecracker(None, tmp_path / "bin")
     assert isinstance(result, Problem)
     assert str(tmp_path / "bin") in result.message
-    assert result.hint == "make firecracker"
+    assert result.hint == "banger doctor --fix"
 
 
 def test_a_setting_that_leads_nowhere_is_not_replaced_in_silence(

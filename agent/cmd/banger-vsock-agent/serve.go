@@ -26,6 +26,7 @@ func serve(args []string) error {
 	listen := flags.String("listen", "", "where to listen")
 	config := flags.String("config", "", "configuration document")
 	announce := flags.String("announce", "", "where to announce the agent")
+	root := flags.String("root", "/", "where accounts and shells are looked up")
 	sessions := flags.String("sessions", "", "directory of the sessions; none are kept without it")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -75,7 +76,7 @@ func serve(args []string) error {
 	server := &service.Server{
 		Config: c, Version: version, BootID: bootID, Token: token, Reaper: reaper,
 		Machine: host{stop: cancel}, Log: logf,
-		Host: command.Host{Root: "/", VMName: c.Name, Image: c.Image, EUID: os.Geteuid()},
+		Host: command.Host{Root: *root, VMName: c.Name, Image: c.Image, EUID: os.Geteuid()},
 	}
 	if *sessions != "" {
 		server.Sessions = &session.Store{Dir: *sessions, BootID: bootID, Host: server.Host,

@@ -43,6 +43,10 @@ func openPTY(size Size, uid int) (*os.File, int, error) {
 		syscall.Close(int(peer))
 		return fail("TIOCSWINSZ", err)
 	}
+	if err := setUTF8(fd); err != nil {
+		syscall.Close(int(peer))
+		return fail("IUTF8", err)
+	}
 	if os.Geteuid() == 0 {
 		// The group stays the one that devpts gives, tty; without this su and mesg complain.
 		if err := syscall.Fchown(int(peer), uid, -1); err != nil {
@@ -56,6 +60,16 @@ func openPTY(size Size, uid int) (*os.File, int, error) {
 func setSize(fd int, size Size) error {
 	ws := winsize{rows: size.Rows, cols: size.Cols}
 	return kernel.Ioctl(fd, syscall.TIOCSWINSZ, unsafe.Pointer(&ws))
+}
+
+// setUTF8 makes the terminal's own line editing erase whole characters, termios(3).
+func setUTF8(fd int) error {
+	var t syscall.Termios
+	if err := kernel.Ioctl(fd, syscall.TCGETS, unsafe.Pointer(&t)); err != nil {
+		return err
+	}
+	t.Iflag |= syscall.IUTF8
+	return kernel.Ioctl(fd, syscall.TCSETS, unsafe.Pointer(&t))
 }
 
 // endOfInput returns the character that ends the input of the terminal, false when it is in a mode

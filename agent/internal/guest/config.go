@@ -71,6 +71,8 @@ type ImageConfig struct {
 	Workdir    string   `json:"workdir"`
 	Entrypoint []string `json:"entrypoint"`
 	Cmd        []string `json:"cmd"`
+	StopSignal string   `json:"stop_signal"`
+	Volumes    []string `json:"volumes"`
 }
 
 // GitIdentity is the host user's global git identity.

@@ -22,6 +22,7 @@ func WriteFiles(root string, c *Config, linkName string) error {
 		WriteAuthorizedKeys(root, c.AuthorizedKeys),
 		writeGitIdentity(root, c.GitIdentity),
 		writeMachineID(root, c.VMID),
+		makeVolumes(root, c.Image),
 	}
 	if c.Network != nil {
 		errs = append(errs,

@@ -23,6 +23,9 @@ type System struct {
 	Run func(ctx context.Context, argv ...string) error
 	// Services lists runit's service directories.
 	Services func() []string
+	// First is what the image asks its processes to be stopped with, 0 for nothing special; only
+	// where no init of its own stops them.
+	First syscall.Signal
 	// SignalAll signals every process but this one, process 1, and what supervises for it.
 	SignalAll func(sig syscall.Signal) error
 	// WaitGone waits until none of these is left, false at the deadline.
@@ -63,6 +66,13 @@ func (s System) Stop(init string, grace time.Duration) error {
 				s.Log("stopping the services: %v", err)
 			}
 		}
+	}
+	if s.First != 0 {
+		// Half of the time is for what it asks for; a TERM right behind it would undo that.
+		if err := s.SignalAll(s.First); err != nil && !errors.Is(err, syscall.ESRCH) {
+			s.Log("asking all processes to end with %v: %v", s.First, err)
+		}
+		s.WaitGone(time.Now().Add(time.Until(deadline) / 2))
 	}
 	return s.Force(deadline)
 }

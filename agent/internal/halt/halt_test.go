@@ -80,6 +80,18 @@ func TestStopTakesEveryStepInOrder(t *testing.T) {
 	}
 }
 
+func TestTheImagesOwnStopSignalComesFirst(t *testing.T) {
+	r := &recorder{gone: []bool{true, true}}
+	system := r.system()
+	system.First = syscall.SIGQUIT
+	if err := system.Stop("agent", 0); err != nil {
+		t.Error(err)
+	}
+	if want := slices.Concat([]string{"signal 3", "wait"}, ask, end); !slices.Equal(r.steps, want) {
+		t.Errorf("%q", r.steps)
+	}
+}
+
 func TestEveryStepIsTriedWhenOneFails(t *testing.T) {
 	bad := errors.New("bad")
 	r := &recorder{gone: []bool{false, false}, fail: map[string]error{

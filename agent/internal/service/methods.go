@@ -26,6 +26,14 @@ func (c *call) dispatch() error {
 		"entropy":   (*call).entropy,
 		"configure": (*call).configure,
 		"grow":      (*call).grow,
+
+		"missing":        (*call).missing,
+		"session.start":  (*call).sessionStart,
+		"session.list":   (*call).sessionList,
+		"session.show":   (*call).sessionShow,
+		"session.remove": (*call).sessionRemove,
+		"session.stop":   (*call).sessionStop,
+		"session.kill":   (*call).sessionKill,
 	}
 	streams := map[string]func(*call) error{
 		"exec":     (*call).exec,
@@ -34,6 +42,10 @@ func (c *call) dispatch() error {
 		"scan":     (*call).scan,
 		"dial":     (*call).dial,
 		"shutdown": (*call).shutdown,
+
+		"session.logs":   (*call).sessionLogs,
+		"session.attach": (*call).sessionAttach,
+		"session.send":   (*call).sessionSend,
 	}
 	if method, ok := unary[c.req.Method]; ok {
 		result, err := method(c)

@@ -16,6 +16,7 @@ import (
 	"banger/agent/internal/command"
 	"banger/agent/internal/guest"
 	"banger/agent/internal/procs"
+	"banger/agent/internal/session"
 	"banger/agent/internal/wire"
 )
 
@@ -67,6 +68,8 @@ type Server struct {
 	Token   string // empty: no token is asked for
 	Reaper  *procs.Reaper
 	Machine Machine
+	// Sessions is nil where none are kept.
+	Sessions *session.Store
 	// Started is called with the pid of every command, nil for nothing.
 	Started func(pid int)
 	Log     func(format string, args ...any)

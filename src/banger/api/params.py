@@ -19,6 +19,13 @@ class VmRef(Params, frozen=True, kw_only=True):
     vm: str
 
 
+class ConnectVm(Params, frozen=True, kw_only=True):
+    """`check_workspace`: also tell whether the recorded workspace is behind its source."""
+
+    vm: str
+    check_workspace: bool = False
+
+
 class ShipWorkspace(Params, frozen=True, kw_only=True):
     """What of a host repository goes into a guest (spec 8)."""
 
@@ -49,6 +56,8 @@ class RunVm(Params, frozen=True, kw_only=True):
     create: CreateVm
     workspace: ShipWorkspace | None = None
     rm: bool = False
+    bootstrap: bool = False
+    """Begin to install the tools that the workspace pins."""
 
 
 class StartVm(Params, frozen=True, kw_only=True):
@@ -75,6 +84,15 @@ class SetVm(Params, frozen=True, kw_only=True):
     nat: bool | None = None
 
 
+class FindCommands(Params, frozen=True, kw_only=True):
+    """`vm.acp.prepare`: programs that a guest must have, and where they will run."""
+
+    vm: str
+    names: tuple[str, ...]
+    cwd: str | None = None
+    user: str | None = None
+
+
 class VmLogs(Params, frozen=True, kw_only=True):
     vm: str
     follow: bool = False
@@ -91,6 +109,20 @@ class BuildImage(Params, frozen=True, kw_only=True):
     name: str
     recipe: str
     force: bool = False
+
+
+class PullImage(Params, frozen=True, kw_only=True):
+    """An image of a registry or an archive; paths in `reference` are absolute."""
+
+    reference: str
+    name: str | None = None
+    kernel_ref: str | None = None
+    platform: str = "linux/amd64"
+    force: bool = False
+
+
+class PruneCache(Params, frozen=True, kw_only=True):
+    dry_run: bool = False
 
 
 class PullKernel(Params, frozen=True, kw_only=True):

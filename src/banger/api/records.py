@@ -18,6 +18,26 @@ class Workspace(Wire, frozen=True, kw_only=True):
     base_commit: str | None
     branch: str | None
     mode: str
+    source_commit: str | None = None
+    """The source's HEAD at that time; `base_commit` is another one with `--from`."""
+    tree_id: str | None = None
+    readonly: bool = False
+    include_untracked: bool = False
+    new_branch: str | None = None
+    from_ref: str | None = None
+    subdirectory: str = ""
+    mise: bool = False
+    """Whether it holds a file that mise reads."""
+    prepared_at: str = ""
+
+
+class Bootstrap(Wire, frozen=True, kw_only=True):
+    """The tooling bootstrap of a workspace: a session of the guest, and how it went."""
+
+    state: Literal["running", "done", "failed"]
+    log: str
+    session: str
+    problem: str | None = None
 
 
 class OwnerProcess(Wire, frozen=True, kw_only=True):
@@ -52,6 +72,9 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     vmm: VmmName | None = None
     boot_id: str | None = None
     workspace: Workspace | None = None
+    bootstrap: Bootstrap | None = None
+    files_synced: bool = False
+    """Its first start is over: `[[file_sync]]` entries of `create` have been sent."""
     last_error: str | None = None
     created_at: str = ""
     updated_at: str = ""
@@ -66,6 +89,11 @@ class ImageConfig(Wire, frozen=True, kw_only=True):
     workdir: str = ""
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
+    stop_signal: str = ""
+    volumes: tuple[str, ...] = ()
+    digest: str = ""
+    """What the reference named when the image was pulled."""
+    reference: str = ""
 
 
 class ImageRecord(Wire, frozen=True, kw_only=True):

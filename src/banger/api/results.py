@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from banger.api.base import Wire
-from banger.api.records import VmRecord, Workspace
+from banger.api.records import ImageConfig, VmRecord, Workspace
 
 
 class Pong(Wire, frozen=True, kw_only=True):
@@ -39,6 +39,13 @@ class DaemonStatus(Wire, frozen=True, kw_only=True):
     vmm: VmmVerdict
 
 
+class AgentPlace(Wire, frozen=True, kw_only=True):
+    """Where a coding agent runs in a guest. `has_shell`: the guest has one."""
+
+    cwd: str
+    has_shell: bool
+
+
 class AgentAccess(Wire, frozen=True, kw_only=True):
     """How to use the connected descriptor that comes with this."""
 
@@ -49,6 +56,8 @@ class AgentAccess(Wire, frozen=True, kw_only=True):
     vmm_pid: int
     vmm_start_time: int
     """The VMM's process: its end is the machine's, which a TCP connection would never tell."""
+    stale: str | None = None
+    """How the workspace is behind its source, where that was asked."""
 
 
 class RunResult(Wire, frozen=True, kw_only=True):
@@ -57,6 +66,8 @@ class RunResult(Wire, frozen=True, kw_only=True):
     workspace: Workspace | None = None
     files: int = 0
     bytes: int = 0
+    image_config: ImageConfig | None = None
+    """How the image itself says that it is run; None: it says nothing."""
 
 
 class Outcome(Wire, frozen=True, kw_only=True):
@@ -82,7 +93,10 @@ class Ping(Wire, frozen=True, kw_only=True):
 
 
 class SshAccess(Wire, frozen=True, kw_only=True):
-    """What the OpenSSH client needs; `sshd` is False when nothing listens on port 22."""
+    """What the OpenSSH client needs; `sshd` is False when nothing listens on port 22.
+
+    `address` is empty where only the agent leads to it.
+    """
 
     vm: VmRecord
     sshd: bool
@@ -93,6 +107,12 @@ class SshAccess(Wire, frozen=True, kw_only=True):
 
 
 class PortRow(Wire, frozen=True, kw_only=True):
+    """A listening socket of a guest. `address` is what it is bound to in the guest.
+
+    `endpoint` is where this host reaches it, or, when it is not `reachable`, where the guest does;
+    then `fix` says what helps. `scheme` is what it answered to, `link` what a browser opens.
+    """
+
     vm: str
     port: int
     proto: str
@@ -100,6 +120,9 @@ class PortRow(Wire, frozen=True, kw_only=True):
     address: str
     endpoint: str
     reachable: bool
+    fix: str | None = None
+    scheme: str | None = None
+    link: str | None = None
 
 
 class VmStats(Wire, frozen=True, kw_only=True):
@@ -113,6 +136,15 @@ class VmStats(Wire, frozen=True, kw_only=True):
     host_free_bytes: int
     guest: dict[str, Any] | None
     guest_error: str | None = None
+
+
+class PrunedCache(Wire, frozen=True, kw_only=True):
+    """What `image cache prune` freed, or would free."""
+
+    blobs: int
+    bytes: int
+    directory: str
+    dry_run: bool
 
 
 class FileList(Wire, frozen=True, kw_only=True):

@@ -85,8 +85,49 @@ vm = LazyGroup(
         "health": ("vm_look:health", "Ask the guest's agent how it is."),
         "ping": ("vm_look:ping", "Measure the round trip to the guest's agent."),
         "exec": ("vm_exec:exec_command", "Run a command in a running VM."),
-        "ssh": ("vm_exec:ssh", "Log in to a running VM."),
+        "ssh": ("vm_ssh:ssh", "Log in to a running VM."),
+        "cp": ("vm_cp:cp", "Copy files into a VM, or out of it."),
+        "workspace": ("app:vm_workspace", "A repository in a VM: put it there, bring work back."),
+        "session": ("app:vm_session", "Commands that go on without you."),
+        "acp": ("vm_acp:acp", "Speak with a coding agent in a VM (Agent Client Protocol)."),
         "set": ("vm_set:set_sizes", "Change the sizes of VMs."),
+    },
+)
+
+vm_workspace = LazyGroup(
+    name="workspace",
+    context_settings=_SETTINGS,
+    no_args_is_help=True,
+    help="A repository in a VM: put it there, see what was done, bring it back.\n\n\b\n"
+    "banger vm workspace prepare web ./repo    put it there, or bring it up to date\n"
+    "banger vm workspace diff web              what was done there\n"
+    "banger vm workspace apply web             do the same to the files here",
+    lazy={
+        "prepare": ("vm_workspace:prepare", "Put a repository into a running VM."),
+        "diff": ("vm_workspace:diff", "Show what was done in the guest."),
+        "apply": ("vm_workspace_apply:apply", "Do to the files here what was done in the guest."),
+        "export": ("vm_workspace:export", "Write a patch, the commits or the files."),
+    },
+)
+
+vm_session = LazyGroup(
+    name="session",
+    context_settings=_SETTINGS,
+    no_args_is_help=True,
+    help="Commands in a VM that go on without you: start, look, come back.\n\n\b\n"
+    "banger vm session start web --name dev -- npm run dev\n"
+    "banger vm session logs web dev -f\n"
+    "banger vm session attach web dev",
+    lazy={
+        "start": ("vm_session:start", "Start a long-lived command."),
+        "list": ("vm_session:list_sessions", "List the sessions of a VM."),
+        "show": ("vm_session:show", "Show one session as JSON."),
+        "logs": ("vm_session_stream:logs", "Show what a session printed."),
+        "attach": ("vm_session_stream:attach", "Join a session."),
+        "send": ("vm_session_stream:send", "Send input to a session."),
+        "stop": ("vm_session:stop", "End a session in order."),
+        "kill": ("vm_session:kill", "Send a signal to a session."),
+        "remove": ("vm_session:remove", "Forget a session that has ended."),
     },
 )
 
@@ -100,10 +141,23 @@ image = LazyGroup(
     lazy={
         "list": ("image:list_images", "List images."),
         "show": ("image:show", "Show one image's record as JSON."),
+        "pull": ("image_pull:pull", "Fetch an image of the catalog, or a container image."),
         "build": ("image:build", "Build an image from a recipe."),
+        "register": ("image_files:register", "Make an image of a root filesystem of yours."),
+        "promote": ("image_files:promote", "Copy a registered image into banger's storage."),
+        "export": ("export:export_image", "Write an image as a bundle that others can pull."),
         "verify": ("image:verify", "Compare stored images with their recorded hashes."),
         "delete": ("image:delete", "Delete images that no VM uses."),
+        "cache": ("app:image_cache", "What pulls keep for the next pull."),
     },
+)
+
+image_cache = LazyGroup(
+    name="cache",
+    context_settings=_SETTINGS,
+    no_args_is_help=True,
+    help="Layers and documents of container images, kept for the next pull.",
+    lazy={"prune": ("image_pull:prune", "Free them; stored images need none.")},
 )
 
 kernel = LazyGroup(
@@ -116,7 +170,9 @@ kernel = LazyGroup(
     lazy={
         "list": ("kernel:list_kernels", "List kernels."),
         "show": ("kernel:show", "Show one kernel's record as JSON."),
-        "pull": ("kernel:pull", "Fetch a kernel from its source."),
+        "pull": ("kernel:pull", "Fetch a kernel: a published one, or from its source."),
+        "import": ("kernel:import_kernel", "Make an entry of a kernel of yours."),
+        "export": ("export:export_kernel", "Write a kernel as a bundle that others can pull."),
         "rm": ("kernel:remove", "Remove kernels that nothing refers to."),
     },
 )
@@ -132,6 +188,20 @@ daemon = LazyGroup(
     },
 )
 
+system = LazyGroup(
+    name="system",
+    context_settings=_SETTINGS,
+    no_args_is_help=True,
+    help="banger as services of this host: for daily use, without sudo afterwards.\n\n\b\n"
+    "sudo banger system install --owner $USER",
+    lazy={
+        "install": ("system:install", "Install the services, or bring them up to date."),
+        "status": ("system:status", "Show both services."),
+        "restart": ("system:restart", "Restart both services; VMs run on."),
+        "uninstall": ("system:uninstall", "Remove the services and the programs."),
+    },
+)
+
 internal = LazyGroup(
     name="internal",
     hidden=True,
@@ -139,11 +209,20 @@ internal = LazyGroup(
     help="Pieces that banger itself calls.",
     lazy={
         "agent-proxy": ("internal:agent_proxy", "Join stdin and stdout to a TCP port in a guest."),
+        "index-sign": ("index:index_sign", "Renew the signed index of published bundles."),
+        "index-verify": ("index:index_verify", "Check an index and the bundles beside it."),
         "rpc-schema": ("internal:rpc_schema", "Print the JSON schema of the daemon's methods."),
     },
 )
 
-_GROUPS = {"vm": vm, "image": image, "kernel": kernel, "daemon": daemon, "internal": internal}
+_GROUPS = {
+    "vm": vm,
+    "image": image,
+    "kernel": kernel,
+    "daemon": daemon,
+    "system": system,
+    "internal": internal,
+}
 
 
 class Root(LazyGroup):
@@ -163,6 +242,9 @@ app = Root(
         "image": ("app:image", "Root filesystems that VMs boot from."),
         "kernel": ("app:kernel", "Kernels that VMs boot with."),
         "daemon": ("app:daemon", "The background process."),
+        "ssh-config": ("ssh_config:ssh_config", "Make plain ssh NAME.vm work."),
+        "system": ("app:system", "banger as services of this host."),
+        "doctor": ("doctor:doctor", "Look for what keeps banger from working here."),
         "version": ("version_command:version", "Show what this banger is."),
         "completion": ("completion:completion", "Print a shell completion script."),
         "internal": ("app:internal", ""),

@@ -67,6 +67,8 @@ def build_outside(refusal: BangerError, params: Any, on_event: OnEvent) -> None:
 def _find_recipe(params: Any) -> str | None:
     if isinstance(params, p.BuildImage):
         return params.recipe
+    if isinstance(params, p.PullImage):
+        return params.reference
     if isinstance(params, p.RunVm):
         params = params.create
     image = getattr(params, "image", None)

@@ -32,6 +32,30 @@ class _LiveName(click.ParamType[str]):
         return [CompletionItem(name) for name in _names(self._method, incomplete)]
 
 
+class _SessionName(click.ParamType[str]):
+    """The name of a session of the VM that was named before it."""
+
+    name = "NAME"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        from banger.api.params import VmRef
+        from banger.cli.server import Server
+
+        rows = Server().find(
+            "vm.session.list",
+            VmRef(vm=ctx.params.get("vm") or ""),
+            list[dict[str, Any]],
+            timeout_s=_PATIENCE_S,
+        )
+        names = sorted(row["name"] for row in rows or [])
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+SESSION = _SessionName()
 VM = _LiveName("VM", "vm.list")
 IMAGE = _LiveName("IMAGE", "image.list")
 KERNEL = _LiveName("KERNEL", "kernel.list")

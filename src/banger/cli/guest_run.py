@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from banger.errors import BangerError
 from banger.process import open_process
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from banger.api.records import VmRecord
     from banger.api.results import AgentAccess
 
@@ -27,6 +30,7 @@ def run(
     user: str | None,
     want_tty: bool,
     cwd: str | None = None,
+    login: bool | None = None,
 ) -> int:
     """The exit status of a guest command run over a connected agent socket.
 
@@ -42,12 +46,19 @@ def run(
         cwd=cwd or access.cwd,
         env={**passed, "BANGER_VM": access.vm.name, **env},
         user=user,
-        login=access.login,
+        login=access.login if login is None else login,
         tty=use_tty,
     )
+    with attended(access) as machine:
+        return stream.run(sock, process, machine=machine)
+
+
+@contextlib.contextmanager
+def attended(access: AgentAccess) -> Iterator[int | None]:
+    """A pidfd of the VM's machine; a connection that is lost inside is explained by its end."""
     machine = open_process(access.vmm_pid, access.vmm_start_time)
     try:
-        return stream.run(sock, process, machine=machine)
+        yield machine
     except BangerError as e:
         if e.reason != "connection_lost":
             raise

@@ -28,8 +28,12 @@ _CHUNK = 64 << 10
 @click.argument("vm", type=VM)
 @click.argument("port", type=click.IntRange(1, 65535))
 def agent_proxy(vm: str, port: int) -> None:
-    """Join stdin and stdout to a TCP port inside a guest, through its agent."""
-    access, sock = Server().call_with_fd("vm.connect", p.VmRef(vm=vm), r.AgentAccess)
+    """Join stdin and stdout to a TCP port inside a guest, through its agent.
+
+    VM may be the host name that an ssh client was given, `web.vm`.
+    """
+    name = vm.removesuffix(".vm")
+    access, sock = Server().call_with_fd("vm.connect", p.VmRef(vm=name), r.AgentAccess)
     channel = BlockingChannel(sock)
     request = Request(
         version=PROTOCOL_VERSION,
@@ -59,11 +63,22 @@ def _upwards(sock: socket.socket) -> None:
 @click.command()
 def rpc_schema() -> None:
     """Print the JSON schema of the parameters of the daemon's methods."""
-    kinds: list[Any] = [
-        kind
-        for kind in vars(p).values()
-        if isinstance(kind, type) and issubclass(kind, Params) and kind is not Params
+    import importlib
+    import pkgutil
+
+    import banger.api
+
+    modules = [
+        importlib.import_module(f"banger.api.{m.name}")
+        for m in pkgutil.iter_modules(banger.api.__path__)
     ]
+    found = {
+        kind.__name__: kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Params) and kind is not Params
+    }
+    kinds: list[Any] = list(found.values())
     schemas, components = msgspec.json.schema_components(kinds)
     names = [kind.__name__ for kind in kinds]
     print_json({"params": dict(zip(names, schemas, strict=True)), "components": components})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from banger.api import params as p
 from banger.api import results as r
+from banger.api.catalog import ImportKernel, KernelCatalog
 from banger.api.records import KernelRecord
 from banger.cli.complete import KERNEL
 from banger.cli.draw import print_json, progress, quiet_option, table, verbose_option
+from banger.cli.errors import warn
 from banger.cli.many import each
 from banger.cli.server import Server
+from banger.units import MIB, format_size
 
 if TYPE_CHECKING:
     from banger.cli.guest_command import GuestCommand
@@ -28,26 +33,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the result a
 def list_kernels(guest: GuestCommand, available: bool, as_json: bool) -> None:
     """List kernels."""
     guest.refuse()
-    server = Server()
-    kernels = server.call("kernel.list", p.Empty(), list[KernelRecord])
     if available:
-        have = {k.name: k for k in kernels}
-        names = sorted({*server.call("kernel.catalog", p.Empty(), list[str]), *have})
-        if as_json:
-            print_json(
-                [{"name": n, "state": "pulled" if n in have else "available"} for n in names]
-            )
-        else:
-            rows = [
-                (
-                    n,
-                    "pulled" if n in have else "available",
-                    have[n].kernel_version if n in have else "-",
-                )
-                for n in names
-            ]
-            sys.stdout.write(table(("NAME", "STATE", "VERSION"), rows))
-    elif as_json:
+        _list_available(as_json=as_json)
+        return
+    kernels = Server().call("kernel.list", p.Empty(), list[KernelRecord])
+    if as_json:
         print_json(kernels)
     else:
         sys.stdout.write(
@@ -65,6 +55,35 @@ def list_kernels(guest: GuestCommand, available: bool, as_json: bool) -> None:
                 ],
             )
         )
+
+
+def _list_available(*, as_json: bool) -> None:
+    catalog = Server().call("kernel.catalog", p.Empty(), KernelCatalog)
+    if catalog.problem is not None:
+        warn(f"the published kernels are not known: {catalog.problem}")
+    if as_json:
+        rows = (
+            {**msgspec.to_builtins(k), "state": "pulled" if k.pulled else "available"}
+            for k in catalog.kernels
+        )
+        print_json(list(rows))
+        return
+    sys.stdout.write(
+        table(
+            ("NAME", "STATE", "VERSION", "SIZE", "SOURCE", "DESCRIPTION"),
+            [
+                (
+                    k.name,
+                    "pulled" if k.pulled else "available",
+                    k.version or "newest",
+                    "-" if k.size_bytes is None else format_size(-(-k.size_bytes // MIB) * MIB),
+                    k.source,
+                    k.description,
+                )
+                for k in catalog.kernels
+            ],
+        )
+    )
 
 
 @click.command()
@@ -86,7 +105,7 @@ def show(guest: GuestCommand, name: str) -> None:
 def pull(
     guest: GuestCommand, name: str, force: bool, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    """Fetch a kernel from its source.
+    """Fetch a kernel: a published bundle where the index has one, else from its own source.
 
     \b
     banger kernel pull debian-6.12-cloud
@@ -95,6 +114,54 @@ def pull(
     with (
         progress(quiet=quiet, verbose=verbose) as painter,
         Server().stream("kernel.pull", p.PullKernel(name=name, force=force), painter) as call,
+    ):
+        kernel = call.result(KernelRecord)
+    if as_json:
+        print_json(kernel)
+    else:
+        sys.stdout.write(f"{kernel.name} {kernel.kernel_version}\n")
+
+
+@click.command(name="import")
+@click.argument("name")
+@click.option(
+    "--from",
+    "directory",
+    metavar="DIR",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Holds vmlinux or vmlinuz; perhaps modules/ and config.",
+)
+@click.option("--distro", required=True, help="What `kernel list` shows.")
+@click.option("--arch", default="amd64", show_default=True, help="Its processor.")
+@click.option("--force", is_flag=True, help="Replace an entry of that name.")
+@_json
+@quiet_option
+@verbose_option
+@click.pass_obj
+def import_kernel(
+    guest: GuestCommand,
+    name: str,
+    directory: Path,
+    distro: str,
+    arch: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Make an entry of a kernel of yours; the files are copied.
+
+    \b
+    banger kernel import mine --from ./linux-6.12 --distro debian
+    """
+    guest.refuse()
+    params = ImportKernel(
+        name=name, directory=str(directory.resolve()), distro=distro, arch=arch, force=force
+    )
+    with (
+        progress(quiet=quiet, verbose=verbose) as painter,
+        Server().stream("kernel.import", params, painter) as call,
     ):
         kernel = call.result(KernelRecord)
     if as_json:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from banger.api.params import Empty
 from banger.api.results import Pong
 from banger.config.program import module_command
-from banger.config.target import SYSTEM, choose_paths
+from banger.config.system_paths import SYSTEM
+from banger.config.target import choose_paths
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.rpc import client
@@ -177,10 +178,8 @@ class BuildingCall(client.StreamingCall):
         self, path: Path, method: str, params: Any, on_event: client.OnEvent, *, state: Path
     ) -> None:
         super().__init__(path, method, params, on_event, state=state)
-        self._again = lambda: super(BuildingCall, self).__init__(
-            path, method, params, on_event, state=state
-        )
-        self._asked_for = params
+        self._request = (path, method, params, on_event)
+        self._state = state
 
     def result(self, kind: type[T]) -> T:
         """As `StreamingCall.result`, with a build on the way where one is needed."""
@@ -192,8 +191,8 @@ class BuildingCall(client.StreamingCall):
             from banger.cli.build_outside import build_outside
 
             self.close()
-            build_outside(e, self._asked_for, self._on_event)
-        self._again()
+            build_outside(e, self._request[2], self._on_event)
+        super().__init__(*self._request, state=self._state)
         return super().result(kind)
 
 

@@ -20,7 +20,7 @@ import termios
 import time
 import tty
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -35,11 +35,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_TERMINALS = (signal.SIGWINCH, signal.SIGTSTP)
 _GIVE_UP_AFTER, _GIVE_UP_WITHIN_S = 3, 2.0
 _CHUNK = 128 << 10
 _HOLD = 1 << 20  # output kept here while our reader is slow; beyond it the guest waits
 _PIPE_ATOMIC = 4096  # a pipe that polls writable takes this much without blocking (pipe(7))
+_DETACH_KEY = b"\x1d"  # Ctrl-]
+DETACHED = -1
+"""In place of a status: the client has left, and the session goes on."""
 _NOT_TOLD = "the connection to the guest ended before the command did"
+
+
+class Peer(Protocol):
+    """What is at the other end: the first line, and how our terminal and signals are used."""
+
+    @property
+    def tty(self) -> bool:
+        """It has a terminal of its own, so ours is raw."""
+
+    @property
+    def detachable(self) -> bool:
+        """It lives on without us: signals and Ctrl-] end our part only."""
+
+    def request(self) -> Request: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +71,7 @@ class GuestProcess:
     user: str | None = None
     login: bool = True
     tty: bool = False
+    detachable: bool = False
 
     def request(self) -> Request:
         size = terminal_size() if self.tty else None
@@ -85,10 +104,11 @@ def terminal_size() -> tuple[int, int]:
     return 24, 80
 
 
-def run(sock: socket.socket, process: GuestProcess, *, machine: int | None = None) -> int:
+def run(sock: socket.socket, process: Peer, *, machine: int | None = None) -> int:
     """Run a guest command to its end and return its exit status (128+n for signal n).
 
-    `machine` is a pidfd of the VMM: its end is the connection's, even where the socket is silent.
+    Detaching returns `DETACHED`. `machine` is a pidfd of the VMM: its end is the connection's, even
+    where the socket is silent.
 
     Raises:
         BangerError: the agent refused it; connection_lost: its fate is not known here.
@@ -100,12 +120,24 @@ def run(sock: socket.socket, process: GuestProcess, *, machine: int | None = Non
         rest = _read_reply(sock, machine)
     except OSError as e:
         raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost") from e
-    with _signals(tty_mode=process.tty) as pending, _raw_terminal(enabled=process.tty):
-        session = _Session(sock, decoder, pending, rest, machine, tty_mode=process.tty)
+    with _signals(tty_mode=process.tty) as pending, _Terminal(enabled=process.tty) as terminal:
+        session = _Session(
+            sock,
+            decoder,
+            pending,
+            rest,
+            machine,
+            terminal,
+            tty_mode=process.tty,
+            detachable=process.detachable,
+        )
+        if process.tty:
+            # It may have changed before we listened for that, or have been another terminal's.
+            session.send_size()
         return session.run()
 
 
-def _decoded(document: bytes, kind: type[T]) -> T:
+def decoded(document: bytes, kind: type[T]) -> T:
     """What the agent said, checked: it is the guest's word."""
     try:
         return msgspec.json.decode(document, type=kind)
@@ -124,25 +156,47 @@ def _read_reply(sock: socket.socket, machine: int | None) -> bytes:
             raise BangerError("operation_failed", _NOT_TOLD, reason="connection_lost")
         buffer += data
     line, _, rest = buffer.partition(b"\n")
-    reply = _decoded(line, Reply)
+    reply = decoded(line, Reply)
     if reply.error is not None:
         raise reply.error.exception()
     return rest
 
 
-@contextlib.contextmanager
-def _raw_terminal(*, enabled: bool) -> Iterator[None]:
-    if not enabled or not os.isatty(0):
-        yield
-        return
-    saved = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield
-    finally:
-        # At once: waiting for the output to drain would hang on a terminal stopped by Ctrl-S.
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(0, termios.TCSANOW, saved)
+class _Terminal:
+    """Our terminal: raw inside the context and as it was on every way out of it."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._saved = termios.tcgetattr(0) if enabled and os.isatty(0) else None
+
+    def __enter__(self) -> Self:
+        try:
+            self._make_raw()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def suspend(self) -> None:
+        """Stop as SIGTSTP would have it; returns when we are continued."""
+        self._restore()
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, ours)
+        self._make_raw()
+
+    def _make_raw(self) -> None:
+        if self._saved is not None:
+            # At once, not with a flush: what was typed ahead is for the guest.
+            tty.setraw(0, termios.TCSANOW)
+
+    def _restore(self) -> None:
+        if self._saved is not None:
+            # At once: waiting for the output to drain would hang on a terminal stopped by Ctrl-S.
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSANOW, self._saved)
 
 
 class _Pending:
@@ -164,7 +218,7 @@ def _signals(*, tty_mode: bool) -> Iterator[_Pending]:
     """Collect signals for forwarding while the context lasts."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     pending = _Pending(read)
-    wanted = (*_FORWARDED, signal.SIGWINCH) if tty_mode else _FORWARDED
+    wanted = (*_FORWARDED, *_TERMINALS) if tty_mode else _FORWARDED
     old_handlers = {n: signal.signal(n, lambda s, _: pending.numbers.append(s)) for n in wanted}
     old_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
@@ -221,10 +275,15 @@ class _Session:
         pending: _Pending,
         rest: bytes,
         machine: int | None,
+        terminal: _Terminal,
         *,
         tty_mode: bool,
+        detachable: bool,
     ) -> None:
         self._sock = sock
+        self._terminal = terminal
+        self._detachable = detachable
+        self._keys = detachable and os.isatty(0)
         self._decoder = decoder
         self._pending = pending
         self._rest = rest
@@ -300,9 +359,9 @@ class _Session:
             elif kind is FrameType.CREDIT:
                 self._credit += int.from_bytes(payload[:4], "big")
             elif kind is FrameType.EXIT:
-                self._status = _status_of(_decoded(payload, dict[str, Any]))
+                self._status = _status_of(decoded(payload, dict[str, Any]))
             elif kind is FrameType.ERROR:
-                raise _decoded(payload, WireError).exception()
+                raise decoded(payload, WireError).exception()
 
     def _emit(self, output: _Output, payload: bytes) -> None:
         if not output.closed:
@@ -319,19 +378,26 @@ class _Session:
             if e.errno != errno.EIO:
                 raise
             data = b""
+        if self._keys and _DETACH_KEY in data:
+            data = data[: data.index(_DETACH_KEY)]
+            self._detach()
         if data:
             self._credit -= len(data)
             self._send(FrameType.STDIN, data)
-        else:
+        elif self._status is None:
             self._stdin_open = False
             self._send(FrameType.STDIN_CLOSE)
 
     def _forward_signals(self) -> None:
         for number in self._pending.take():
-            if number == signal.SIGWINCH:
-                rows, cols = terminal_size()
-                self._send(FrameType.RESIZE, msgspec.json.encode({"rows": rows, "cols": cols}))
+            if number in _TERMINALS:
+                if number == signal.SIGTSTP:
+                    self._terminal.suspend()
+                self.send_size()
                 continue
+            if self._detachable:
+                self._detach()
+                return
             if number == signal.SIGINT:
                 now = time.monotonic()
                 self._interrupts = [t for t in self._interrupts if now - t < _GIVE_UP_WITHIN_S]
@@ -345,6 +411,17 @@ class _Session:
                     return
             name = signal.Signals(number).name.removeprefix("SIG")
             self._send(FrameType.SIGNAL, msgspec.json.encode({"name": name}))
+
+    def send_size(self) -> None:
+        """Tell the size of our terminal."""
+        rows, cols = terminal_size()
+        self._send(FrameType.RESIZE, msgspec.json.encode({"rows": rows, "cols": cols}))
+
+    def _detach(self) -> None:
+        self._status = DETACHED
+        # What a slow reader has not taken by now is in the session's log.
+        self._stdout.waiting.clear()
+        self._stderr.waiting.clear()
 
     def _send(self, kind: FrameType, payload: bytes = b"") -> None:
         self._sending += encode(kind, payload)

@@ -10,6 +10,8 @@ import click
 from banger import __version__
 from banger.cli.draw import print_json
 from banger.cli.version import version_line
+from banger.config.target import choose_paths
+from banger.errors import BangerError
 
 
 @click.command()
@@ -20,9 +22,16 @@ def version(as_json: bool) -> None:
         "version": __version__,
         "build": version_line(),
         "python": platform.python_version(),
-        "mode": "user",
+        "mode": _mode(),
     }
     if as_json:
         print_json(facts)
     else:
         sys.stdout.writelines(f"{name.ljust(8)} {value}\n" for name, value in facts.items())
+
+
+def _mode() -> str:
+    try:
+        return choose_paths().mode
+    except BangerError:
+        return "system"  # somebody else's, or one that cannot be read

@@ -57,7 +57,7 @@ def acp(
         return guest_run.run(
             sock,
             access,
-            argv=("sh", "-c", _LOGIN, "sh", *argv) if place.shell else tuple(argv),
+            argv=("sh", "-c", _LOGIN, "sh", *argv) if place.has_shell else tuple(argv),
             env=parse_env(env),
             user=user,
             want_tty=False,

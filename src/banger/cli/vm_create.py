@@ -12,6 +12,7 @@ from banger.api.records import VmRecord
 from banger.cli import sizing
 from banger.cli.complete import IMAGE
 from banger.cli.draw import print_json, progress, quiet_option, verbose_option
+from banger.cli.image_command import absolute_image
 from banger.cli.server import Server
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def create(
     """
     guest.refuse()
     size = sizing.resolve(vcpu, memory, disk_size, system_overlay_size)
-    image = image or sizing.settings().default_image_name
+    image = absolute_image(image or sizing.settings().default_image_name)
     if not quiet:
         sys.stderr.write(sizing.spec_line(size, image, nat=nat) + "\n")
     params = p.CreateVm(

@@ -1,9 +1,7 @@
-"""`banger vm exec` and `banger vm ssh`: into a VM that runs."""
+"""`banger vm exec`: one more command in a VM that runs."""
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,8 +9,10 @@ import click
 
 from banger.api import params as p
 from banger.api import results as r
+from banger.api import workspaces as w
 from banger.cli import guest_run
 from banger.cli.complete import VM
+from banger.cli.draw import progress
 from banger.cli.errors import warn
 from banger.cli.server import Server
 from banger.cli.vm_run import parse_env
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("--user", help="User in the guest [root].")
 @click.option("--env", "env", metavar="K=V", multiple=True, help="Environment; repeatable.")
+@click.option(
+    "--auto-prepare", is_flag=True, help="First bring the workspace up to date with its source."
+)
 @click.pass_obj
 def exec_command(
     guest: GuestCommand,
     vm: str,
     guest_path: str | None,
+    auto_prepare: bool,
     tty: bool,
     user: str | None,
     env: tuple[str, ...],
@@ -41,15 +45,27 @@ def exec_command(
     \b
     banger vm exec web -- uname -a
     banger vm exec -t web -- top
+    banger vm exec --auto-prepare web -- make test     on what you have here now
     """
     argv = guest.required()
     server = Server()
-    access, sock = server.call_with_fd("vm.connect", p.VmRef(vm=vm), r.AgentAccess)
+    if auto_prepare:
+        with (
+            progress(quiet=not sys.stderr.isatty()) as painter,
+            server.stream(
+                "vm.workspace.prepare", w.PrepareWorkspace(vm=vm, guest_path=guest_path), painter
+            ) as call,
+        ):
+            call.result(w.PreparedWorkspace)
+    params = p.ConnectVm(vm=vm, check_workspace=not auto_prepare and guest_path is None)
+    access, sock = server.call_with_fd("vm.connect", params, r.AgentAccess)
+    if access.stale is not None:
+        warn(f"warning: {access.stale}; bring it up to date with --auto-prepare")
     with sock:
         return guest_run.run(
             sock,
             access,
-            argv=argv,
+            argv=through_mise(access, argv, guest_path),
             env=parse_env(env),
             user=user,
             want_tty=tty,
@@ -57,56 +73,19 @@ def exec_command(
         )
 
 
-@click.command()
-@click.argument("vm", type=VM)
-@click.pass_obj
-def ssh(guest: GuestCommand, vm: str) -> int:
-    """Log in to a running VM with OpenSSH; through the agent when the guest has no sshd.
-
-    \b
-    banger vm ssh web
-    banger vm ssh web -- 'df -h | tail -1'     one argument is a line for the remote shell
-    """
-    server = Server()
-    access = server.call("vm.ssh", p.VmRef(vm=vm), r.SshAccess)
-    name = access.vm.name
-    try:
-        if access.sshd:
-            return _openssh(access, guest.argv or ())
-        agent, sock = server.call_with_fd("vm.connect", p.VmRef(vm=vm), r.AgentAccess)
-        words = guest.argv or ()
-        argv = ("sh", "-c", words[0]) if len(words) == 1 else words
-        with sock:
-            return guest_run.run(sock, agent, argv=argv, env={}, user=None, want_tty=True)
-    finally:
-        if guest.argv is None:
-            warn(f"VM {name} still runs; stop it with: banger vm stop {name}")
+# The words of the command stay a list: `"$@"` is all that the shell sees of them.
+_MISE = """mise=$(command -v mise || command -v /root/.local/bin/mise) && exec "$mise" exec -- "$@"
+exec "$@\""""
 
 
-def _openssh(access: r.SshAccess, words: tuple[str, ...]) -> int:
-    from banger.process import get_program, run_attached
-
-    name = access.vm.name
-    argv = [get_program("ssh", package="openssh-client"), "-F", "none"]
-    for option in (
-        f"HostKeyAlias={name}.vm",
-        f"UserKnownHostsFile={access.known_hosts}",
-        "GlobalKnownHostsFile=none",
-        "StrictHostKeyChecking=yes",
-        "IdentitiesOnly=yes",
-        "LogLevel=ERROR",
-        f"IdentityFile={access.key}",
-    ):
-        argv += ["-o", option]
-    if not access.address:
-        command = shlex.join(
-            [sys.executable, "-m", "banger.cli.entry", "internal", "agent-proxy", name, "22"]
-        ).replace("%", "%%")
-        argv += ["-o", f"ProxyCommand={command}"]
-    if words and os.isatty(0) and os.isatty(1):
-        argv.append("-t")
-    argv += ["-p", str(access.port), f"root@{access.address or name + '.vm'}"]
-    if words:
-        # ssh joins its words with blanks: several are quoted, one is a line for the shell.
-        argv += ["--", words[0] if len(words) == 1 else shlex.join(words)]
-    return run_attached(argv)
+def through_mise(
+    access: r.AgentAccess, argv: tuple[str, ...], guest_path: str | None
+) -> tuple[str, ...]:
+    """The command as it runs in a workspace with a mise file: with the tools that it names, where
+    the guest has mise."""
+    workspace = access.vm.workspace
+    if workspace is None or not workspace.mise:
+        return argv
+    if guest_path is not None and not f"{guest_path}/".startswith(f"{workspace.guest_path}/"):
+        return argv
+    return ("sh", "-c", _MISE, "sh", *argv)

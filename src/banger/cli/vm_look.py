@@ -104,7 +104,10 @@ def stats(guest: GuestCommand, vms: tuple[str, ...]) -> int:
 @_json
 @click.pass_obj
 def ports(guest: GuestCommand, vms: tuple[str, ...], as_json: bool) -> int:
-    """Show what listens inside running VMs, and where it is reached from this host."""
+    """Show what listens inside running VMs, and where it is reached from this host.
+
+    What only the guest itself reaches is marked, with what to do about it.
+    """
     guest.refuse()
     from banger.cli.many import each
 
@@ -121,12 +124,12 @@ def ports(guest: GuestCommand, vms: tuple[str, ...], as_json: bool) -> int:
                 str(row.port),
                 row.proto,
                 row.process or "-",
-                row.endpoint if row.reachable else f"only inside the guest ({row.address})",
-                row.vm,
+                row.endpoint if row.reachable else f"only in {row.vm}: {row.endpoint}",
+                row.link or row.fix or "-",
             )
             for row in found
         ]
-        sys.stdout.write(table(("PORT", "PROTO", "PROCESS", "ENDPOINT", "VM"), rows))
+        sys.stdout.write(table(("PORT", "PROTO", "PROCESS", "ENDPOINT", "LINK"), rows))
     return status
 
 

@@ -18,7 +18,7 @@ from banger.cli.server import Server
 from banger.cli.sizing import Duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from banger.cli.guest_command import GuestCommand
 
@@ -117,8 +117,16 @@ def _deleted(result: r.Deleted) -> None:
 def delete(guest: GuestCommand, vms: tuple[str, ...]) -> int:
     """Stop VMs and remove their disks and records."""
     guest.refuse()
-    server = Server()
-    return each(vms, lambda ref: server.call("vm.delete", p.VmRef(vm=ref), r.Deleted), _deleted)
+    return _delete(Server(), vms)
+
+
+def _delete(server: Server, refs: Sequence[str]) -> int:
+    status = each(refs, lambda ref: server.call("vm.delete", p.VmRef(vm=ref), r.Deleted), _deleted)
+    if server.paths.owner_known_hosts != server.paths.known_hosts:
+        from banger.cli.ssh_config import refresh_or_warn
+
+        refresh_or_warn(server.paths)
+    return status
 
 
 @click.command()
@@ -144,8 +152,4 @@ def prune(guest: GuestCommand, force: bool) -> int:
     )
     if not force:
         click.confirm(f"Delete these {len(idle)} VMs and their disks?", abort=True, err=True)
-    return each(
-        [vm.id for vm in idle],
-        lambda ref: server.call("vm.delete", p.VmRef(vm=ref), r.Deleted),
-        _deleted,
-    )
+    return _delete(server, [vm.id for vm in idle])

@@ -11,7 +11,8 @@ import click
 
 from banger.api import params as p
 from banger.api import results as r
-from banger.cli import sizing
+from banger.api.records import VmRecord
+from banger.cli import image_command, sizing
 from banger.cli.complete import IMAGE
 from banger.cli.draw import progress, quiet_option, verbose_option
 from banger.cli.errors import warn
@@ -43,6 +44,8 @@ _WORKSPACE_ONLY = ("branch", "from_ref", "include_untracked", "mode", "dry_run")
 )
 @click.option("--dry-run", is_flag=True, help="Print the files that would be shipped, and stop.")
 @click.option("-d", "--detach", is_flag=True, help="Leave the VM running and return.")
+@click.option("--no-bootstrap", is_flag=True, help="Do not install the tools that PATH pins.")
+@image_command.command_options
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("--user", help="User in the guest [root].")
 @click.option(
@@ -65,11 +68,12 @@ def run(guest: GuestCommand, /, path: str | None, **o: Any) -> int:
     server = Server()
     if o["dry_run"]:
         assert workspace is not None
-        files = server.call("vm.workspace.files", workspace, r.FileList)
-        sys.stdout.writelines(f"{name}\n" for name in files.names)
+        from banger.cli.vm_workspace import print_shipped
+
+        print_shipped(server, workspace)
         return 0
     size = sizing.resolve(o["vcpu"], o["memory"], o["disk_size"], o["system_overlay_size"])
-    image = o["image"] or sizing.settings().default_image_name
+    image = image_command.absolute_image(o["image"] or sizing.settings().default_image_name)
     params = p.RunVm(
         create=p.CreateVm(
             name=o["name"],
@@ -83,6 +87,7 @@ def run(guest: GuestCommand, /, path: str | None, **o: Any) -> int:
         ),
         workspace=workspace,
         rm=o["rm"],
+        bootstrap=_bootstraps(guest, path, o),
     )
     if not o["quiet"]:
         sys.stderr.write(sizing.spec_line(size, image, nat=o["nat"]) + "\n")
@@ -95,7 +100,8 @@ def run(guest: GuestCommand, /, path: str | None, **o: Any) -> int:
         result = call.result(r.RunResult)
         sock = call.fd()
     if o["detach"]:
-        sock.close()
+        with sock:
+            _show_bootstrap(server, result, sock)
         _print_next(result)
         return 0
     return _guest_part(server, guest, result, sock, env, o)
@@ -113,8 +119,17 @@ def _check(guest: GuestCommand, path: str | None, o: dict[str, Any]) -> None:
         raise click.UsageError("-d and --rm exclude each other")
     if o["detach"] and guest.argv is not None:
         raise click.UsageError("-d takes no command; run it with: banger vm exec VM -- CMD")
+    image_command.check_options(
+        guest.argv, default_command=o["default_command"], detach=o["detach"]
+    )
     if guest.argv == ():
         raise click.UsageError("a command is missing after --")
+
+
+def _bootstraps(guest: GuestCommand, path: str | None, o: dict[str, Any]) -> bool:
+    """A shell, or whoever comes after -d, wants the repository's tools; a command has its own."""
+    command = guest.argv is not None or o["default_command"] or o["entrypoint"]
+    return path is not None and not command and not o["no_bootstrap"]
 
 
 def _workspace(path: str | None, o: dict[str, Any]) -> p.ShipWorkspace | None:
@@ -152,13 +167,19 @@ def _guest_part(
 
     name = result.vm.name
     try:
+        argv = image_command.compose(
+            result.image_config,
+            guest.argv,
+            entrypoint=o["entrypoint"],
+            default_command=o["default_command"],
+        )
         return guest_run.run(
             sock,
             result.access,
-            argv=guest.argv or (),
+            argv=argv,
             env=env,
             user=o["user"],
-            want_tty=o["tty"] or guest.argv is None,
+            want_tty=o["tty"] or not argv,
         )
     finally:
         sock.close()
@@ -183,8 +204,32 @@ def _delete(server: Server, name: str) -> None:
         signal.signal(signal.SIGINT, old)
 
 
+def _show_bootstrap(server: Server, result: r.RunResult, sock: Any) -> None:
+    """Watch the tooling bootstrap to its end; that it failed is no failure of ours."""
+    from banger.cli.vm_session_stream import follow_on_stderr
+
+    name, begun = result.vm.name, result.vm.bootstrap
+    if begun is None:
+        return
+    look = f"banger vm session logs {name} {begun.session}"
+    try:
+        follow_on_stderr(sock, result.access, begun.session)
+        ended = server.call("vm.show", p.VmRef(vm=result.vm.id), VmRecord).bootstrap
+        if ended is not None and ended.state == "failed":
+            warn(f"warning: not all tools are installed ({ended.problem}); see: {look}")
+    except BangerError as e:
+        warn(f"warning: what became of the tools is not known: {e}; see: {look}")
+    except KeyboardInterrupt:
+        warn(f"VM {name} runs, and goes on installing tools; see: {look} -f")
+        raise
+
+
 def _print_next(result: r.RunResult) -> None:
     name = result.vm.name
-    sys.stdout.write(
-        f"{name}\n  banger vm ssh {name}\n  banger vm exec {name} -- CMD\n  banger vm stop {name}\n"
+    commands = (
+        f"banger vm ssh {name}",
+        f"banger vm exec {name} -- CMD",
+        f"banger vm acp {name}",
+        f"banger vm stop {name}",
     )
+    sys.stdout.write(f"{name}\n" + "".join(f"  {command}\n" for command in commands))

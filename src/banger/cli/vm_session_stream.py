@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 import msgspec
@@ -33,7 +33,7 @@ _START_CREDIT = 256 << 10
 _LINE_LIMIT = 1 << 20
 
 
-class _LogEnd(msgspec.Struct, kw_only=True):
+class _LogEnd(msgspec.Struct, frozen=True, kw_only=True):
     cursor: str
     dropped: int
     state: str
@@ -149,9 +149,23 @@ def logs(
         sys.stderr.write(f"cursor: {end.cursor[:64]}\n")
 
 
-def _show(connection: _Connection) -> _LogEnd:
+def follow_on_stderr(sock: socket.socket, access: r.AgentAccess, session: str) -> None:
+    """Show what a session prints, to its end, where it is nobody's result.
+
+    Raises:
+        BangerError: connection_lost; the session goes on.
+    """
+    params = {"name": session, "follow": True}
+    with attended(access) as machine:
+        _show(
+            _Connection(sock, machine, _request(access, "session.logs", params)),
+            stdout=sys.stderr.buffer,
+        )
+
+
+def _show(connection: _Connection, *, stdout: BinaryIO | None = None) -> _LogEnd:
     """Write output frames to the streams that they are of, up to the result."""
-    outputs = {FrameType.STDOUT: sys.stdout.buffer, FrameType.STDERR: sys.stderr.buffer}
+    outputs = {FrameType.STDOUT: stdout or sys.stdout.buffer, FrameType.STDERR: sys.stderr.buffer}
     for kind, payload in connection.frames():
         if kind is FrameType.RESULT:
             return stream.decoded(payload, _LogEnd)

@@ -7,7 +7,6 @@ Its presence is what makes a host's banger a system installation. Written as a w
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,7 +26,7 @@ class InstallRecord(msgspec.Struct, frozen=True, kw_only=True):
     owner: str
     uid: int
     gid: int
-    home: Path
+    home: str
     installed_at: str
     version: str
     commit: str = ""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from banger.config.system_paths import SystemPaths
+from banger.config.system_paths import SYSTEM, SystemPaths
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,11 +27,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
     runtime: Path
     config_file: Path
     mode: Literal["user", "system"] = "user"
-    system: SystemPaths = SystemPaths()
+    system: SystemPaths = SYSTEM
     owner_state: Path | None = None
 
     @classmethod
-    def user_mode(cls, system: SystemPaths = SystemPaths()) -> Paths:
+    def user_mode(cls, system: SystemPaths = SYSTEM) -> Paths:
         """The roots of a user-mode installation (spec 3.2), from the XDG variables."""
 
         def xdg(variable: str, default: str) -> Path:
@@ -103,6 +103,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.state / "kernels"
 
     @property
+    def index_seen(self) -> Path:
+        """The highest version that was seen of each published index."""
+        return self.state / "index-seen.json"
+
+    @property
     def templates(self) -> Path:
         """Blank ext4 disks, one per role and size."""
         return self.state / "templates"
@@ -131,9 +136,24 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.ssh / "known_hosts"
 
     @property
+    def owner_known_hosts(self) -> Path:
+        """The owner's copy of it, kept by the command line; the same file in user mode."""
+        return (self.owner_state or self.state) / "ssh/known_hosts"
+
+    @property
+    def ssh_config(self) -> Path:
+        """The stanza for OpenSSH that `~/.ssh/config` may include."""
+        return self.config_file.with_name("ssh_config")
+
+    @property
     def build_cache(self) -> Path:
         """Downloads and built artefacts, each in a directory named after the hash of its inputs."""
         return self.cache / "build"
+
+    @property
+    def oci_blobs(self) -> Path:
+        """Layers and documents of container images, named by their sha256."""
+        return self.cache / "oci" / "blobs" / "sha256"
 
     # One VM
     def vm(self, vm_id: str) -> VmPaths:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from banger.config.file_sync import FileSync, check_file_sync
 from banger.errors import BangerError
+from banger.minisign import BadSignature, parse_public_key
 from banger.units import GIB, parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _PATH_KEYS = ("firecracker_bin", "jailer_bin", "jailer_chroot_base", "ssh_key_pa
 _HOST_KEYS = ("jailer_chroot_base",)
 _MOST_POOLED = 64
 _MOST_HOST_PORTS = 32
+_MOST_INDEX_KEYS = 2
 
 
 class VmDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +65,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ssh_key_path: str | None = None
     default_image_name: str = "debian-bookworm"
     default_kernel_ref: str = "debian-6.12-cloud"
+    oci_default_registry: str = "docker.io"
+    index_url: str = ""
+    index_keys: tuple[str, ...] = ()
     bridge_name: str = "br-fc"
     bridge_ip: str = "172.16.0.1"
     cidr: int = 24
@@ -74,7 +80,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     disk_reserve: str = "2G"
     ready_timeout: str = "90s"
     stop_timeout: str = "10s"
+    acp_command: tuple[str, ...] = ("opencode", "acp")
     vm_defaults: VmDefaults = VmDefaults()
+    file_sync: tuple[FileSync, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"br-fc(-[a-z0-9-]{1,9})?", self.bridge_name):
@@ -107,6 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ValueError(f"{key} must be an absolute path or begin with ~/")
         if not 10 <= self.memory_budget_percent <= 95:
             raise ValueError("memory_budget_percent must be 10 to 95")
+        _check_index(self.index_url, self.index_keys)
         parse_size(self.disk_reserve)
         parse_duration(self.ready_timeout)
         parse_duration(self.stop_timeout)
@@ -148,6 +157,10 @@ def read_settings(*files: Path, home: Path | None = None) -> Settings:
                     f"{doing}: {key} can be set for the whole host only, in {files[0]}",
                     hint=f"$EDITOR {path}",
                 )
+        try:
+            check_file_sync(layer.get("file_sync", []), home or Path.home())
+        except ValueError as e:
+            raise BangerError("bad_request", f"{doing}: {e}", hint=f"$EDITOR {path}") from e
         merged = merge_layers(merged, layer)
         # After each file, so that a value that does not fit is put down to the file that has it.
         try:
@@ -208,6 +221,20 @@ def _check_loopback(text: str) -> None:
         good = False
     if not good:
         raise ValueError("dns_listen_addr must be a loopback address and a port: 127.0.0.1:42069")
+
+
+def _check_index(url: str, keys: tuple[str, ...]) -> None:
+    if url and not re.fullmatch(r"https?://[^/\s@]+/[^\s?#]+", url):
+        raise ValueError("index_url must be the http or https address of an index.json")
+    if len(keys) > _MOST_INDEX_KEYS:
+        raise ValueError(f"index_keys takes {_MOST_INDEX_KEYS} keys at most")
+    for key in keys:
+        try:
+            parse_public_key(key)
+        except BadSignature as e:
+            raise ValueError(f"index_keys: {e}") from e
+    if url and not keys:
+        raise ValueError("index_url needs index_keys, the minisign public keys that sign the index")
 
 
 def _found(problem: str, document: Mapping[str, Any]) -> str:

@@ -90,11 +90,6 @@ class SystemPaths(msgspec.Struct, frozen=True, kw_only=True):
         return self.helper_state / "jail"
 
     @property
-    def jails(self) -> Path:
-        """The jail base where the configuration names no other."""
-        return self.helper_state / "jail"
-
-    @property
     def helper_runtime(self) -> Path:
         return self.root / "run/banger-root"
 
@@ -105,3 +100,7 @@ class SystemPaths(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ledger(self) -> Path:
         return self.helper_runtime / "leases"
+
+
+SYSTEM = SystemPaths()
+"""This host's own."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.config.paths import Paths
-from banger.config.system_paths import SystemPaths
+from banger.config.system_paths import SYSTEM
 from banger.errors import BangerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SYSTEM = SystemPaths()
+    from banger.config.system_paths import SystemPaths
 
 
 def choose_paths(
@@ -50,4 +51,4 @@ def choose_paths(
             f"uid {uid}; BANGER_MODE=user gives you one of your own",
             hint="BANGER_MODE=user banger vm list",
         )
-    return Paths.system_mode(system, record.home)
+    return Paths.system_mode(system, Path(record.home))

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from banger import __version__
 from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
@@ -24,12 +26,13 @@ from banger.guest.announce import Announcements
 from banger.guest.config import GitIdentity
 from banger.host.host import Host
 from banger.host.lease import Bridge
-from banger.host.vmm_process import ProcessRef
+from banger.host.vmm_process import ProcessRef, is_alive
 from banger.process import find_program, run_async
 from banger.ssh.keys import ensure_owner_key
 from banger.store.database import open_database
 from banger.store.vms import VmStore
 from banger.vm.context import VmContext
+from banger.vm.handles import find_handles
 from banger.vm.plan import Jailing
 from banger.vm.reconcile import reconcile
 from banger.vmm.probe import Verdict, choose_driver, probe
@@ -51,12 +54,12 @@ class Daemon:
     def __init__(self, paths: Paths, host: Host, settings: Settings) -> None:
         self.paths = paths
         self.started = time.monotonic()
-        self.settings = settings
-        self.stopping = asyncio.Event()
         ensure_private_directory(paths.state)
         ensure_private_directory(paths.runtime)
         ensure_private_directory(paths.vms)
         self.store = VmStore(open_database(paths.database))
+        self.settings = keep_bridge_in_use(settings, self.store, paths)
+        self.stopping = asyncio.Event()
         self.host = host
         self.names = Names(self.settings, host)
         self.vms = VmContext(
@@ -78,15 +81,17 @@ class Daemon:
         self._probing = asyncio.Lock()
         self._guards: set[asyncio.Task[None]] = set()
         self.server: Server | None = None
+        self.workspace_locks: dict[str, asyncio.Lock] = {}
+        """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
 
     @classmethod
     async def open(cls, paths: Paths) -> Daemon:
         """A daemon of these paths; finds out what the host lets it do."""
-        settings = read_settings(paths.config_file)
+        settings = read_settings(*paths.config_files)
         if paths.mode == "system":
             host = Host.open_service(
                 paths.system.helper_socket,
-                jail_base=paths.system.jails,
+                jail_base=Path(settings.jailer_chroot_base or paths.system.jails),
                 pool_size=settings.tap_pool_size,
             )
         else:
@@ -212,3 +217,32 @@ class Daemon:
         await self.host.aclose()
         self.store.close()
         log.info("bangerd ends")
+
+
+def keep_bridge_in_use(settings: Settings, store: VmStore, paths: Paths) -> Settings:
+    """The settings, with the bridge that running VMs are on instead of another one.
+
+    A changed bridge waits until no VM runs; stopped VMs get addresses of it at their next start
+    (spec 6.2).
+    """
+    wanted = Bridge(name=settings.bridge_name, address=settings.bridge_ip, prefix=settings.cidr)
+    for vm in store.list():
+        if vm.state != "running" or vm.network != "bridge":
+            continue
+        try:
+            handles = find_handles(paths.vm(vm.id))
+        except BangerError:
+            continue  # damaged: reconcile decides
+        if handles is None or handles.lease is None or handles.process is None:
+            continue
+        used = handles.lease.bridge
+        if used != wanted and is_alive(handles.process):
+            log.warning(
+                "the bridge %s %s/%d of the configuration waits: VM %s runs on %s %s/%d",
+                wanted.name, wanted.address, wanted.prefix,
+                vm.name, used.name, used.address, used.prefix,
+            )  # fmt: skip
+            return msgspec.structs.replace(
+                settings, bridge_name=used.name, bridge_ip=used.address, cidr=used.prefix
+            )
+    return settings

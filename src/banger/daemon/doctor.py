@@ -40,15 +40,19 @@ async def doctor(daemon: Daemon, call: Call, params: Doctor) -> DoctorFacts:
     swept = await _sweep(daemon) if params.sweep else ()
     tried = await _try_lease(daemon) if params.try_lease else None
     names = daemon.names
+    # Before and after: a VM that starts or stops meanwhile holds its lease rightly.
+    busy = set(daemon.vms.handles)
+    helper = await ask_helper(daemon.host)
     vms = daemon.store.list()
+    busy |= {*daemon.vms.handles, *(vm.id for vm in vms if vm.provisional)}
     return DoctorFacts(
         version=__version__,
         pid=os.getpid(),
         network=daemon.network,
         settings_sha256=settings_hash(daemon.settings),
         live=tuple(vm.id for vm in vms if is_live(daemon.vms, vm)),
-        busy=tuple({*daemon.vms.handles, *(vm.id for vm in vms if vm.provisional)}),
-        helper=await ask_helper(daemon.host),
+        busy=tuple(sorted(busy)),
+        helper=helper,
         dns=names.listen,
         dns_problem=names.problem,
         routing_problem=names.routing_problem,

@@ -10,10 +10,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from banger import __version__
+from banger.api import catalog as c
 from banger.api import params as p
 from banger.api import results as r
-from banger.daemon import runs, stored
+from banger.api import sessions as s
+from banger.api import workspaces as w
+from banger.daemon import (
+    bootstrap,
+    catalog,
+    container_images,
+    given,
+    runs,
+    sessions,
+    stored,
+    workspaces,
+)
 from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
@@ -22,6 +36,7 @@ from banger.vm import observe
 from banger.vm.change import change
 from banger.vm.cleanup import is_live, settled
 from banger.vm.create import check_create, create
+from banger.vm.ports import ports, reached
 from banger.vm.start import start
 from banger.vm.stop import check_signal, delete, kill, stop
 
@@ -67,19 +82,37 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "vm.ping": method(p.VmRef, _vm_ping),
         "vm.ports": method(p.VmRef, _ports),
         "vm.logs": method(p.VmLogs, _logs, streams=True),
-        "vm.connect": method(p.VmRef, _connect),
+        "vm.connect": method(p.ConnectVm, _connect),
         "vm.ssh": method(p.VmRef, _ssh),
-        "vm.workspace.files": method(p.ShipWorkspace, runs.list_files),
+        "vm.workspace.files": method(p.ShipWorkspace, runs.list_files, streams=True),
+        "vm.workspace.prepare": method(w.PrepareWorkspace, workspaces.prepare, streams=True),
+        "vm.workspace.export": method(w.ExportWorkspace, workspaces.export, streams=True),
+        "vm.workspace.changes": method(w.WorkspaceRef, workspaces.changes, streams=True),
+        "vm.workspace.applied": method(w.AppliedWorkspace, workspaces.applied),
+        "vm.acp.prepare": method(p.FindCommands, sessions.find_commands),
+        "vm.session.start": method(s.StartSession, sessions.start),
+        "vm.session.list": method(p.VmRef, sessions.list_sessions),
+        "vm.session.show": method(s.SessionRef, sessions.show),
+        "vm.session.stop": method(s.StopSession, sessions.stop),
+        "vm.session.kill": method(s.KillSession, sessions.kill),
+        "vm.session.remove": method(s.SessionRef, sessions.remove),
         "image.list": method(p.Empty, stored.image_list),
         "image.show": method(p.NameRef, stored.image_show),
         "image.build": method(p.BuildImage, stored.image_build, streams=True),
+        "image.pull": method(p.PullImage, catalog.image_pull, streams=True),
+        "image.register": method(c.RegisterImage, given.image_register, streams=True),
+        "image.promote": method(p.NameRef, given.image_promote, streams=True),
+        "image.export": method(p.NameRef, given.image_export, streams=True),
+        "image.cache.prune": method(p.PruneCache, container_images.cache_prune),
         "image.delete": method(p.NameRef, stored.image_delete),
         "image.verify": method(p.NameRef, stored.image_verify),
         "kernel.list": method(p.Empty, stored.kernel_list),
         "kernel.show": method(p.NameRef, stored.kernel_show),
-        "kernel.pull": method(p.PullKernel, stored.kernel_pull, streams=True),
+        "kernel.pull": method(p.PullKernel, catalog.kernel_pull, streams=True),
         "kernel.delete": method(p.NameRef, stored.kernel_delete),
-        "kernel.catalog": method(p.Empty, stored.kernel_catalog),
+        "kernel.import": method(c.ImportKernel, given.kernel_import, streams=True),
+        "kernel.export": method(p.NameRef, given.kernel_export, streams=True),
+        "kernel.catalog": method(p.Empty, catalog.kernel_catalog),
     }
 
 
@@ -110,7 +143,7 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         pid=os.getpid(),
         mode=daemon.paths.mode,
         socket=str(daemon.paths.daemon_socket),
-        log=str(daemon.paths.daemon_log),
+        log=_log_of(daemon),
         uptime_s=round(time.monotonic() - daemon.started, 1),
         rss_bytes=rss,
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
@@ -120,6 +153,12 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         dns_note=daemon.names.problem or daemon.names.routing_problem,
         vmm=await daemon.vmm_verdict(),
     )
+
+
+def _log_of(daemon: Daemon) -> str:
+    if daemon.paths.mode == "system":
+        return "the journal: journalctl -u bangerd"
+    return str(daemon.paths.daemon_log)
 
 
 def _resident_bytes() -> int:
@@ -187,7 +226,8 @@ async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
-    return await settled(daemon.vms, daemon.store.resolve(params.vm))
+    vm = await settled(daemon.vms, daemon.store.resolve(params.vm))
+    return await bootstrap.settle(daemon, vm)
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:
@@ -207,7 +247,7 @@ async def _vm_ping(daemon: Daemon, call: Call, params: p.VmRef) -> r.Ping:
 
 
 async def _ports(daemon: Daemon, call: Call, params: p.VmRef) -> list[r.PortRow]:
-    return await observe.ports(daemon.vms, daemon.store.resolve(params.vm))
+    return await ports(daemon.vms, daemon.store.resolve(params.vm))
 
 
 async def _logs(daemon: Daemon, call: Call, params: p.VmLogs) -> None:
@@ -216,19 +256,23 @@ async def _logs(daemon: Daemon, call: Call, params: p.VmLogs) -> None:
         await call.data(chunk)
 
 
-async def _connect(daemon: Daemon, call: Call, params: p.VmRef) -> None:
+async def _connect(daemon: Daemon, call: Call, params: p.ConnectVm) -> None:
     vm = daemon.store.resolve(params.vm)
-    await runs.answer_with_agent(daemon, call, vm, lambda access: access)
+    stale = await workspaces.find_stale(vm) if params.check_workspace else None
+    await runs.answer_with_agent(
+        daemon, call, vm, lambda access: msgspec.structs.replace(access, stale=stale)
+    )
 
 
 async def _ssh(daemon: Daemon, call: Call, params: p.VmRef) -> r.SshAccess:
     vm = daemon.store.resolve(params.vm)
     listeners = await daemon.vms.client(vm).ports()
+    found = [x for x in listeners if x.proto == "tcp" and x.port == _SSH_PORT]
     vm = daemon.store.update(vm.id, touched_at=now_text())
     return r.SshAccess(
         vm=vm,
-        sshd=any(x.proto == "tcp" and x.port == _SSH_PORT for x in listeners),
-        address=vm.address,
+        sshd=bool(found),
+        address=vm.address if any(reached(vm, x) for x in found) else "",
         port=_SSH_PORT,
         key=str(daemon.ssh_key),
         known_hosts=str(daemon.paths.known_hosts),

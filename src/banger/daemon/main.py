@@ -1,6 +1,8 @@
-"""The program `bangerd`: one daemon per owner, started by the first command that needs it.
+"""The program `bangerd`: one daemon per owner.
 
-It holds the start lock while it comes up, so that two first commands end up with one daemon.
+In user mode the first command that needs it starts it; it holds a lock while it lives, so that two
+first commands end up with one daemon. With `--system` it is the service of the system installation:
+systemd starts it as the owner, hears when it is ready, and its log is the journal.
 """
 
 from __future__ import annotations
@@ -10,32 +12,64 @@ import fcntl
 import os
 import signal
 import sys
+from pathlib import Path
 
 from banger import __version__
+from banger.config.install import read_install_record
 from banger.config.paths import Paths
+from banger.config.system_paths import SYSTEM, SystemPaths
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 
 
-def main() -> None:
+def main(system: SystemPaths = SYSTEM) -> None:
     """Run until asked to stop. Status 0: ended, or another daemon was there already."""
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"bangerd {__version__}\n")
         return
     os.umask(0o077)
-    paths = Paths.user_mode()
     try:
+        as_service = "--system" in sys.argv[1:]
+        paths = _service_paths(system) if as_service else Paths.user_mode(system)
         ensure_private_directory(paths.runtime)
         # Held as long as we live: the kernel drops it, however we end.
         lock = os.open(paths.runtime / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+        except BlockingIOError as e:
+            if not as_service:
+                return
+            raise BangerError(
+                "operation_failed",
+                f"another daemon holds {paths.runtime}",
+                hint="systemctl status bangerd",
+            ) from e
         _run(paths)
     except BangerError as e:
         sys.stderr.write(f"bangerd: {e}\n" + (f"hint: {e.hint}\n" if e.hint else ""))
         raise SystemExit(1) from e
+
+
+def _service_paths(system: SystemPaths) -> Paths:
+    """The paths of the system installation, for its owner only.
+
+    Raises:
+        BangerError: there is none, or we are somebody else.
+    """
+    record = read_install_record(system)
+    if record is None:
+        raise BangerError(
+            "not_found",
+            f"there is no system installation: {system.record} is missing",
+            hint="sudo banger system install --owner $USER",
+        )
+    if os.geteuid() != record.uid:
+        raise BangerError(
+            "unauthorized",
+            f"the daemon of {record.owner} (uid {record.uid}) does not run as uid {os.geteuid()}",
+            hint="sudo systemctl start bangerd",
+        )
+    return Paths.system_mode(system, Path(record.home))
 
 
 def _run(paths: Paths) -> None:
@@ -44,15 +78,22 @@ def _run(paths: Paths) -> None:
     from banger.daemon.handlers import build_methods
     from banger.daemon.log import start_logging
     from banger.rpc.server import Server
+    from banger.system.notify import notify
 
-    level = os.environ.get("BANGER_LOG_LEVEL") or read_settings(paths.config_file).log_level
-    start_logging(paths.daemon_log, level)
+    as_service = paths.mode == "system"
+    level = os.environ.get("BANGER_LOG_LEVEL") or read_settings(*paths.config_files).log_level
+    start_logging(None if as_service else paths.daemon_log, level)
 
     async def serve() -> None:
         daemon = await Daemon.open(paths)
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            notify("STOPPING=1")
+            daemon.stopping.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.stopping.set)
+            loop.add_signal_handler(number, stop)
         server = Server(
             paths.daemon_socket,
             build_methods(daemon),
@@ -60,9 +101,15 @@ def _run(paths: Paths) -> None:
             version=__version__,
             state=paths.state,
         )
-        await daemon.run(server, _tell_ready)
+        await daemon.run(server, _tell_systemd if as_service else _tell_ready)
 
     asyncio.run(serve())
+
+
+def _tell_systemd() -> None:
+    from banger.system.notify import notify
+
+    notify("READY=1", f"STATUS=bangerd {__version__}")
 
 
 def _tell_ready() -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import OwnerProcess, VmRecord
-from banger.daemon import ships, stored
+from banger.daemon import bootstrap, ships, stored
 from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
+from banger.rpc import frames
 from banger.store.vms import now_text
 from banger.vm.create import check_create, create
 from banger.vm.handles import read_secrets
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     """Everything of `banger vm run` up to the moment where the guest command can start."""
     check_create(params.create)
-    shipment = None
+    shipment = tools = None
     if params.workspace is not None:
         call.stage("inspect", "inspecting the repository", params.workspace.path)
         shipment = await ships.inspect(daemon, params.workspace)
+        if params.bootstrap:
+            tools = await bootstrap.plan(daemon, shipment, nat=params.create.nat)
     image = await stored.ensure_image(daemon, params.create.image, call)
     # In the row from the first moment: no crash leaves a machine that nobody will delete.
     owner = _owner(call.peer_pid) if params.rm else None
@@ -46,10 +49,17 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
             call.stage("workspace", "copying the repository", shipment.guest_path)
             workspace, files, size = await ships.ship(daemon, vm, shipment, call)
             vm = daemon.store.update(vm.id, workspace=workspace)
+            if tools is not None:
+                vm = await bootstrap.begin(daemon, vm, shipment, tools, call)
 
         def answer(access: r.AgentAccess) -> r.RunResult:
             return r.RunResult(
-                vm=access.vm, access=access, workspace=workspace, files=files, bytes=size
+                vm=access.vm,
+                access=access,
+                workspace=workspace,
+                files=files,
+                bytes=size,
+                image_config=image.oci,
             )
 
         await answer_with_agent(daemon, call, vm, answer, subdirectory=_below(shipment))
@@ -114,6 +124,17 @@ async def answer_with_agent(
 
 
 async def list_files(daemon: Daemon, call: Call, params: p.ShipWorkspace) -> r.FileList:
-    """What `--dry-run` prints: exactly the files that would be shipped."""
+    """What `--dry-run` prints: exactly the files that would be shipped, as data, a line each."""
     shipment = await ships.inspect(daemon, params)
-    return r.FileList(names=await ships.names(daemon, shipment))
+    lines: list[bytes] = []
+    size = 0
+    for name in await ships.names(daemon, shipment):
+        line = f"{name}\n".encode()
+        if size + len(line) > frames.PAYLOAD_LIMIT:
+            await call.data(b"".join(lines))
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    if lines:
+        await call.data(b"".join(lines))
+    return r.FileList(names=())

@@ -1,30 +1,39 @@
-"""Repositories on their way into guests: inspected before a VM exists, shipped when one runs."""
+"""Repositories on their way into guests: inspected before a VM exists, put there when one runs."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from banger.api.records import Workspace
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
+from banger.rpc.trees import GuestFiles
 from banger.workspace.files import list_shipped
 from banger.workspace.inspect import Repository, precheck
+from banger.workspace.manifest import find_manifest, write_manifest
 from banger.workspace.names import format_name
-from banger.workspace.options import ShipOptions, ShipResult
-from banger.workspace.pack import pack
+from banger.workspace.options import ShipOptions
+from banger.workspace.prepare import Preparation
+from banger.workspace.service import prepare
 
 if TYPE_CHECKING:
-    from typing import BinaryIO
+    import socket
+    from collections.abc import AsyncIterator, Callable
 
     from banger.api.params import ShipWorkspace
-    from banger.api.records import VmRecord
+    from banger.api.records import VmRecord, Workspace
     from banger.daemon.daemon import Daemon
     from banger.progress import Reporter
+    from banger.workspace.prepare import Prepared
+
+T = TypeVar("T")
+
+DEFAULT_PATH = "/root/repo"
+_CONNECT_S = 15.0
 
 
 class Shipment(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,28 +50,49 @@ class Shipment(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.guest_path}/{below}" if below else self.guest_path
 
 
-async def inspect(daemon: Daemon, params: ShipWorkspace) -> Shipment:
+async def inspect(daemon: Daemon, params: ShipWorkspace, *, readonly: bool = False) -> Shipment:
     """Everything that can be refused before a VM exists. Raises BangerError."""
+    guest_path = check_guest_path(params.guest_path or DEFAULT_PATH)
     options = ShipOptions(
         mode=params.mode,
         branch=params.branch,
         from_ref=params.from_ref,
         include_untracked=params.include_untracked,
+        readonly=readonly,
     )
     repository = await asyncio.to_thread(
-        precheck, Path(params.path), options, scratch_parent=_scratch(daemon)
+        precheck, Path(params.path), options, scratch_parent=scratch_directory(daemon)
     )
-    return Shipment(
-        repository=repository,
-        options=options,
-        guest_path=params.guest_path or "/root/repo",
-    )
+    return Shipment(repository=repository, options=options, guest_path=guest_path)
+
+
+def check_guest_path(path: str, *, anywhere: bool = False) -> str:
+    """A directory of the guest, in its shortest form; below /root unless it may be `anywhere`.
+
+    Raises:
+        BangerError: bad_request.
+    """
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not path.startswith("/") or ".." in parts or not path.isprintable():
+        raise BangerError(
+            "bad_request", f"the guest path {path!r} is not absolute, or leads upwards"
+        )
+    if not anywhere and (len(parts) < 2 or parts[0] != "root"):
+        raise BangerError(
+            "bad_request",
+            f"the guest path {path!r} is not below /root, where the work disk is",
+            hint="--guest-path /root/NAME",
+        )
+    return "/" + "/".join(parts)
 
 
 async def names(daemon: Daemon, shipment: Shipment) -> tuple[str, ...]:
     """The files that would be shipped, as they are printed."""
     found = await asyncio.to_thread(
-        list_shipped, shipment.repository, shipment.options, scratch_parent=_scratch(daemon)
+        list_shipped,
+        shipment.repository,
+        shipment.options,
+        scratch_parent=scratch_directory(daemon),
     )
     return tuple(format_name(name) for name in found)
 
@@ -75,42 +105,68 @@ async def ship(
     Raises:
         BangerError: the guest has its old tree, or none.
     """
-    stopped = threading.Event()
-    scratch = _scratch(daemon)
+    async with workspace_lock(daemon, vm):
+        done = await put(daemon, vm, shipment, report)
+    return done.manifest.workspace, done.files, done.bytes
 
-    def write(out: BinaryIO) -> ShipResult:
-        return pack(
-            shipment.repository,
-            shipment.options,
-            out,
-            cancelled=stopped.is_set,
-            reporter=report,
-            scratch_parent=scratch,
+
+async def put(
+    daemon: Daemon, vm: VmRecord, shipment: Shipment, report: Reporter, *, force: bool = False
+) -> Prepared:
+    """As `ship`, with the workspace lock held; where it was put before, only changes go."""
+    directory = daemon.vms.vm_paths(vm.id).directory
+
+    def work(guest: GuestFiles) -> Prepared:
+        what = Preparation(
+            guest=guest,
+            repository=shipment.repository,
+            options=shipment.options,
+            guest_path=shipment.guest_path,
+            manifest=find_manifest(directory, shipment.guest_path),
+            force=force,
+            scratch=scratch_directory(daemon),
+            report=report,
         )
+        done = prepare(what)
+        write_manifest(directory, done.manifest)
+        return done
 
-    try:
-        result, received = await daemon.vms.while_running(
-            vm, daemon.vms.client(vm).put(shipment.guest_path, write)
-        )
-    finally:
-        stopped.set()
-    if received.files != result.stream_files or received.bytes != result.stream_bytes:
-        raise BangerError(
-            "operation_failed",
-            f"copying {shipment.repository.root} into VM {vm.name}: "
-            f"{result.stream_files} files with {result.stream_bytes} bytes were sent, "
-            f"{received.files} with {received.bytes} arrived",
-            hint=f"banger vm logs {vm.name}",
-        )
-    workspace = Workspace(
-        guest_path=shipment.guest_path,
-        source=str(shipment.repository.root),
-        base_commit=result.base_commit,
-        branch=result.branch,
-        mode=shipment.options.mode,
-    )
-    return workspace, result.file_count, result.byte_count
+    return await in_guest(daemon, vm, work)
 
 
-def _scratch(daemon: Daemon) -> Path:
+async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]) -> T:
+    """Run blocking work on a guest's files in a thread; it ends with this call or the machine.
+
+    Raises:
+        BangerError: not_running; connection_lost; whatever `work` raises.
+    """
+    client = daemon.vms.client(vm)
+    loop = asyncio.get_running_loop()
+
+    def connect() -> socket.socket:
+        return asyncio.run_coroutine_threadsafe(client.open(), loop).result(_CONNECT_S)
+
+    guest = GuestFiles(connect, client.request)
+
+    async def run() -> T:
+        task = asyncio.ensure_future(asyncio.to_thread(work, guest))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            guest.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+
+    return await daemon.vms.while_running(vm, run())
+
+
+@contextlib.asynccontextmanager
+async def workspace_lock(daemon: Daemon, vm: VmRecord) -> AsyncIterator[None]:
+    """One piece of work on a VM's workspaces at a time."""
+    async with daemon.workspace_locks.setdefault(vm.id, asyncio.Lock()):
+        yield
+
+
+def scratch_directory(daemon: Daemon) -> Path:
+    """Where temporary repositories are made."""
     return ensure_private_directory(daemon.paths.cache / "scratch")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
 from banger.api import params as p
 from banger.api import results as r
+from banger.daemon import catalog, confinement, container_images, given
 from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import (
@@ -16,9 +16,9 @@ from banger.image.entries import (
     list_images,
     verify_image,
 )
-from banger.image.recipe import list_recipes, load_recipe
+from banger.image.recipe import load_recipe
 from banger.kernel.entries import delete_kernel, find_kernel, get_kernel, list_kernels
-from banger.kernel.pull import CATALOG, ensure_kernel, pull_kernel
+from banger.oci.reference import is_explicit
 
 if TYPE_CHECKING:
     from banger.api.records import ImageRecord, KernelRecord
@@ -33,22 +33,14 @@ async def ensure_image(daemon: Daemon, name: str, report: Reporter) -> ImageReco
     Raises:
         BangerError: not_found, with the nearest name.
     """
-    image = find_image(daemon.paths, name)
+    if is_explicit(name):
+        image: ImageRecord | None = await container_images.ensure_pulled(daemon, name, report)
+    else:
+        image = find_image(daemon.paths, name)
     if image is None:
-        recipes = list_recipes()
-        if name not in recipes:
-            known = [*recipes, *(i.name for i in list_images(daemon.paths))]
-            near = difflib.get_close_matches(name, known, n=1)
-            extra = f"; did you mean {near[0]!r}?" if near else ""
-            raise BangerError(
-                "not_found", f"there is no image {name!r}{extra}", hint="banger image list"
-            )
-        report.stage("resolve_image", f"building the image {name} from its recipe")
-        # Not `build_image`: a peer that has just finished the same one is success here.
-        image = await build.ensure_image(daemon.paths, name, reporter=report)
+        image = await catalog.obtain_image(daemon, name, report)
     if find_kernel(daemon.paths, image.kernel_ref) is None:
-        report.stage("resolve_image", f"fetching the kernel {image.kernel_ref}")
-        await ensure_kernel(daemon.paths, image.kernel_ref, reporter=report)
+        await catalog.obtain_kernel(daemon, image.kernel_ref, report)
     return image
 
 
@@ -70,6 +62,8 @@ async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> Image
                 hint=f"banger image delete {params.name}",
             )
         _refuse_in_use(daemon, existing)
+    await confinement.refuse_build(daemon.paths, recipe, params.name)
+    if existing is not None:
         delete_image(daemon.paths, existing.name)
     return await build.build_image(daemon.paths, recipe, name=params.name, reporter=call)
 
@@ -89,6 +83,7 @@ async def image_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Delet
     image = get_image(daemon.paths, params.name)
     _refuse_in_use(daemon, image)
     delete_image(daemon.paths, image.name)
+    given.forget_kernel_of(daemon, image)
     return r.Deleted(name=image.name)
 
 
@@ -101,10 +96,19 @@ async def image_verify(daemon: Daemon, call: Call, params: p.NameRef) -> ImageRe
         raise BangerError(
             "operation_failed",
             f"image {image.name} is not what was stored: {'; '.join(problems)}",
-            hint=f"banger image build --force --name {image.name} --recipe {image.recipe}",
+            hint=_mend(image),
             reason="files_changed",
         )
     return image
+
+
+def _mend(image: ImageRecord) -> str:
+    """The command after which a damaged image is what it should be."""
+    if image.recipe is not None:
+        return f"banger image build --force --name {image.name} --recipe {image.recipe}"
+    if image.oci is not None:
+        return f"banger image pull --force --name {image.name} {image.oci.reference}"
+    return f"banger image delete {image.name}"
 
 
 async def kernel_list(daemon: Daemon, call: Call, _: p.Empty) -> list[KernelRecord]:
@@ -113,10 +117,6 @@ async def kernel_list(daemon: Daemon, call: Call, _: p.Empty) -> list[KernelReco
 
 async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRecord:
     return get_kernel(daemon.paths, params.name)
-
-
-async def kernel_pull(daemon: Daemon, call: Call, params: p.PullKernel) -> KernelRecord:
-    return await pull_kernel(daemon.paths, params.name, reporter=call, force=params.force)
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
@@ -132,7 +132,3 @@ async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Dele
         )
     delete_kernel(daemon.paths, kernel.name)
     return r.Deleted(name=kernel.name)
-
-
-async def kernel_catalog(daemon: Daemon, call: Call, _: p.Empty) -> list[str]:
-    return sorted(entry.name for entry in CATALOG)

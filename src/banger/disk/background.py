@@ -51,6 +51,7 @@ class Job:
         self._cancelled = threading.Event()
         self._guard = threading.Lock()
         self._programs: set[subprocess.Popen[bytes]] = set()
+        self._stops: list[Callable[[], None]] = []
 
     # Reporter
     def stage(self, stage: str, label: str, detail: str = "") -> None:
@@ -78,11 +79,31 @@ class Job:
         if self._cancelled.is_set():
             raise JobCancelled
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass, until it is over or the operation is cancelled (JobCancelled)."""
+        self._cancelled.wait(seconds)
+        self.check()
+
+    @contextlib.contextmanager
+    def interrupting(self, stop: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a cancellation calls `stop`, from another thread."""
+        with self._guard:
+            self._stops.append(stop)
+        try:
+            self.check()
+            yield
+        finally:
+            with self._guard:
+                self._stops.remove(stop)
+
     def cancel(self) -> None:
-        """Ask the thread to stop: flag, and SIGTERM to every program group that it runs."""
+        """Ask the thread to stop: flag, `interrupting` callbacks, SIGTERM to its programs."""
         self._cancelled.set()
         with self._guard:
             running = list(self._programs)
+            stops = list(self._stops)
+        for stop in stops:
+            stop()
         for p in running:
             _signal_group(p, signal.SIGTERM)
 

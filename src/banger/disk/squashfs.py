@@ -38,13 +38,14 @@ def write_squashfs(
     job: Job,
     epoch: int | None = DEFAULT_EPOCH,
     all_root: bool = False,
+    root_mode: int = 0o755,
 ) -> None:
     """Write the new file `target` (lz4) from the tar stream that `feed` writes into the pipe.
 
     With an `epoch` (seconds) the same stream gives the same bytes: it is the time of the filesystem
     and of its root directory, and later times in the stream become it. Without one, these two are
-    the present time and the stream's own times stay. The root directory is 0755 and root's; with
-    `all_root` everything is root's, whatever the stream says.
+    the present time and the stream's own times stay. The root directory is root's and has the mode
+    `root_mode`; with `all_root` everything is root's, whatever the stream says.
 
     Raises:
         BangerError: sqfstar is missing (not_found), failed, or left something out. `target` is
@@ -57,7 +58,7 @@ def write_squashfs(
         if _TROUBLE.search(line) and line != _HARMLESS:
             trouble.append(line)
 
-    argv = [sqfstar, "-comp", "lz4", "-no-progress", "-root-mode", "755"]
+    argv = [sqfstar, "-comp", "lz4", "-no-progress", "-root-mode", f"{root_mode:o}"]
     if all_root:
         argv.append("-all-root")
     elif os.geteuid() != 0:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from banger.doctor.world import World
     from banger.progress import Reporter
 
-Need = Literal["user mode", "system mode", "bridge"]
+Need = Literal["system mode", "bridge"]
 """A check without its need says nothing. "bridge": VMs have taps, made by the root helper."""
 
 Look = Callable[["World"], Iterable["Finding"]]

@@ -1,8 +1,11 @@
-"""What the root helper says of itself, for doctor; asked by the daemon, or by us where none runs."""
+"""What the root helper says of itself; asked by the daemon, or by us where none runs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.api.doctor import DoctorLease, DoctorObstacle, HelperFacts
@@ -40,7 +43,7 @@ async def ask_helper(host: Host) -> HelperFacts:
             DoctorObstacle(
                 family=o.family, table=o.table, chain=o.chain, why=o.why, command=o.command
             )
-            for o in getattr(status, "obstacles", ())
+            for o in status.obstacles
         ),
         ledger_problems=status.problems,
     )
@@ -52,9 +55,9 @@ def ask_helper_directly(paths: Paths) -> HelperFacts:
     The helper is a child of ours in user mode and ends with the call.
     """
 
-    async def ask() -> HelperFacts:
+    async def ask(ledger: Path) -> HelperFacts:
         try:
-            host = await _open(paths)
+            host = await _open(paths, ledger)
         except BangerError as e:  # an incomplete installation
             return HelperFacts(privilege="none", problem=str(e), hint=e.hint)
         try:
@@ -62,13 +65,21 @@ def ask_helper_directly(paths: Paths) -> HelperFacts:
         finally:
             await host.aclose()
 
-    return asyncio.run(ask())
+    if paths.mode == "system" or paths.leases.exists():
+        return asyncio.run(ask(paths.leases))
+    # The helper makes its ledger where there is none; looking must leave nothing behind.
+    with tempfile.TemporaryDirectory(prefix="banger-doctor-") as place:
+        facts = asyncio.run(ask(Path(place) / "leases"))
+        with contextlib.suppress(FileNotFoundError):
+            Path(place, "leases").rmdir()  # root's, and empty
+        return facts
 
 
-async def _open(paths: Paths) -> Host:
+async def _open(paths: Paths, ledger: Path) -> Host:
     if paths.mode == "system":
         # Asked for its status only: what it keeps in store is the daemon's to say.
         return Host.open_service(
             paths.system.helper_socket, jail_base=paths.system.jails, pool_size=0
         )
-    return await Host.open(ledger=paths.leases, log=paths.state / "banger-root.log")
+    log = paths.state / "banger-root.log"
+    return await Host.open(ledger=ledger, log=log if log.exists() else Path("/dev/null"))

@@ -7,12 +7,13 @@ anything. A world lives as long as one run of the checks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from banger.config.paths import Paths
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 # The probe of a KVM that hangs takes 20 s, and a sweep waits for a dying VMM.
 _DAEMON_S = 90.0
@@ -77,17 +77,15 @@ class Store(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
-def fact(
-    find: Callable[Concatenate[World, P], T],
-) -> Callable[Concatenate[World, P], T]:
+def fact(find: Callable[[World], T]) -> Callable[[World], T]:
     """Make a method of `World` a fact: found out once."""
     name = find.__name__
 
     @functools.wraps(find)
-    def get(world: World, *args: P.args, **kwargs: P.kwargs) -> T:
+    def get(world: World, /) -> T:
         with world.lock(name):
             if name not in world.known:
-                world.known[name] = find(world, *args, **kwargs)
+                world.known[name] = find(world)
             found: T = world.known[name]
             return found
 
@@ -162,10 +160,8 @@ class World:
 
     @property
     def config_files(self) -> tuple[Path, ...]:
-        """The configuration files that count here, a later one over an earlier one."""
-        if self.paths.mode == "system":
-            return self.paths.config_files
-        return (self.paths.config_file,)
+        """The configuration files: the host's, then the owner's, which overrides it."""
+        return self.paths.config_files
 
     @fact
     def record(self) -> InstallRecord | None:
@@ -189,7 +185,20 @@ class World:
         return self.configuration().settings
 
     @fact
+    def vm_places(self) -> tuple[Path, ...]:
+        """Directories of VMs, listed before the rows and before the daemon is asked.
+
+        A row is there before its directories and goes after them, so one without a row is of no VM.
+        """
+        found: list[Path] = []
+        for parent in (self.paths.vms, self.paths.runtime / "vms"):
+            with contextlib.suppress(OSError):
+                found += sorted(parent.iterdir())
+        return tuple(found)
+
+    @fact
     def store(self) -> Store:
+        self.vm_places()
         try:
             return Store(look=look_at_database(self.paths.database))
         except BangerError as e:
@@ -227,6 +236,7 @@ class World:
     @fact
     def daemon(self) -> DaemonLook:
         """The daemon's facts. None is started."""
+        self.vm_places()
         try:
             facts = client.call(
                 self.paths.daemon_socket,

@@ -12,7 +12,7 @@ import contextlib
 import io
 import socket
 import time
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ T = TypeVar("T")
 _CONNECT_S = 5.0
 _CALL_S = 15.0
 _ITEMS = 4096
+_REPLY_LINE = 4096
 
 
 # What a guest says of itself is printed: short, and no control character.
@@ -50,9 +51,11 @@ class Health(Wire, frozen=True, kw_only=True):
 
 
 class Listener(Wire, frozen=True, kw_only=True):
-    proto: str
+    """`process` is what the process calls itself: any characters may be in it."""
+
+    proto: Literal["tcp", "udp"]
     address: str
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
     pid: int = 0
     process: str = ""
 
@@ -148,6 +151,26 @@ class GuestClient:
         """Listening sockets, at most 4096 of them."""
         return (await self.call("ports", {}, _Ports)).listeners[:_ITEMS]
 
+    async def dial(self, port: int) -> socket.socket:
+        """A connection to `port` on the guest's own loopback; the caller owns it.
+
+        Raises:
+            BangerError: nobody listens there, or as `call`.
+        """
+        doing = f"reaching port {port} in the guest"
+        sock = await self.open()
+        try:
+            async with asyncio.timeout(_CALL_S):
+                await Channel(sock).write_document(self.request("dial", {"port": port}))
+                decode_reply(await _reply_line(sock), doing)
+        except TimeoutError as e:
+            sock.close()
+            raise BangerError("operation_failed", f"{doing}: no answer") from e
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
     async def sync(self) -> None:
         await self.call("sync", {}, dict[str, Any], timeout_s=60)
 
@@ -204,6 +227,23 @@ class GuestClient:
             if isinstance(e, ConnectionError):
                 raise connection_lost(doing) from e
             raise BangerError("operation_failed", f"{doing}: {e.strerror or e}") from e
+
+
+async def _reply_line(sock: socket.socket) -> bytes | None:
+    """One line and not a byte more: what follows is not ours to read."""
+    loop = asyncio.get_running_loop()
+    line = b""
+    while len(line) < _REPLY_LINE:
+        try:
+            byte = await loop.sock_recv(sock, 1)
+        except OSError:
+            return None
+        if not byte:
+            return None
+        if byte == b"\n":
+            return line
+        line += byte
+    return None
 
 
 def _final_frame(channel: BlockingChannel, doing: str) -> bytes:

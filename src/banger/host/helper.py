@@ -224,7 +224,7 @@ def _lost(method: str, error: Exception, ended: str) -> BangerError:
     return BangerError(
         "operation_failed",
         f"asking the root helper to {method}: it {how}; it may or may not have been done",
-        hint="banger daemon status",
+        hint="banger doctor",
         reason="connection_lost",
     )
 

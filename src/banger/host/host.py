@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,9 +19,6 @@ from banger.host.helper import Calls, Helper, HelperService
 from banger.host.lease import Bridge, HostStatus, LaunchPlan, Lease, LeaseId, LeasePlan, Swept
 from banger.host.privilege import Privilege, find_helper, find_privilege
 from banger.host.vmm_process import ProcessRef
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +103,12 @@ class Host:
             "limits": {"vcpu": plan.vcpu, "memory_mib": plan.memory_mib},
             "jail": plan.jail,
         }
-        lease = await self._call("prepare", params, Lease, op_id)
-        # A tap was taken: the next start finds one again. One filler at a time is enough.
+        return await self._call("prepare", params, Lease, op_id)
+
+    def refill(self, bridge: Bridge) -> None:
+        """Let the next start find taps in store, in the background; one filler at a time."""
         if self._pool_size and (self._filler is None or self._filler.done()):
-            self._filler = asyncio.create_task(self._refill(plan.bridge))
-        return lease
+            self._filler = asyncio.create_task(self._refill(bridge))
 
     async def release(self, lease_id: LeaseId, *, op_id: str = "") -> None:
         """Give back everything the lease holds; its cgroup is killed first. Idempotent.
@@ -127,6 +126,9 @@ class Host:
                 says why; `connection_lost`: call `release` to be sure.
         """
         params = msgspec.to_builtins(plan)
+        params["kernel"] = _resolve(plan.kernel)
+        for drive in params["drives"]:
+            drive["path"] = _resolve(drive["path"])
         return await self._call("launch", params, ProcessRef, op_id)
 
     async def signal(self, lease_id: LeaseId, name: str, *, op_id: str = "") -> None:
@@ -189,5 +191,12 @@ class Host:
             raise BangerError(
                 "operation_failed",
                 f"asking the root helper to {method}: its answer is unreadable: {e}",
-                hint="banger daemon stop",
+                hint="sudo banger system restart"
+                if self.privilege.kind == "service"
+                else "banger daemon stop",
             ) from e
+
+
+def _resolve(path: str) -> str:
+    """The helper follows no link; where a user's own image lies behind one, we do."""
+    return str(Path(path).resolve())

@@ -129,6 +129,7 @@ class HostStatus(msgspec.Struct, frozen=True, kw_only=True):
     leases: tuple[LeaseStatus, ...]
     bridges: tuple[BridgeStatus, ...]
     problems: tuple[str, ...]
+    obstacles: tuple[Obstacle, ...] = ()
 
 
 def derive_mac(address: str) -> str:

@@ -71,7 +71,7 @@ async def find_privilege(helper: Path | None = None) -> Privilege:
             kind="none",
             missing="banger runs as an ordinary user and sudo is not installed, so it can make no "
             "bridge and no tap",
-            hint="sudo apt-get install sudo",
+            hint="su -c 'apt-get install sudo'",
         )
     argv = build_helper_argv(helper or find_helper(), ("--probe",), kind=kind)
     done = await process.run_async(argv, check=False)

@@ -5,6 +5,7 @@ No root needed: mmdebstrap uses user namespaces for other users. apt inside it c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -142,9 +143,11 @@ def is_root() -> bool:
 def _has_subordinate_ids() -> bool:
     import pwd
 
-    user = pwd.getpwuid(os.geteuid())
+    names = {str(os.geteuid())}
+    with contextlib.suppress(KeyError):
+        names.add(pwd.getpwuid(os.geteuid()).pw_name)
     try:
         lines = Path("/etc/subuid").read_text().splitlines()
     except OSError:
         return False
-    return any(line.split(":")[0] in (user.pw_name, str(user.pw_uid)) for line in lines)
+    return any(line.split(":")[0] in names for line in lines)

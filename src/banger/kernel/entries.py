@@ -152,6 +152,24 @@ def write_manifest(directory: Path, manifest: KernelManifest) -> KernelRecord:
     return _record(directory, manifest)
 
 
+def publish_entry(paths: Paths, name: str, new: Path, staging: Path) -> None:
+    """Give a finished directory the entry's name; one that had it is moved into `staging` first.
+
+    Running VMs keep the files that they have open. The caller holds the lock of the name.
+    """
+    target = paths.kernels / name
+    replaced = staging / "replaced"
+    if target.exists():
+        target.rename(replaced)
+    try:
+        new.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    files.sync_directory(paths.kernels)
+
+
 def _manifest(directory: Path) -> KernelManifest:
     manifest = find_manifest(directory)
     if manifest is None:

@@ -31,6 +31,7 @@ from banger.kernel.entries import (
     find_kernel,
     find_manifest,
     lock_kernel,
+    publish_entry,
     write_manifest,
 )
 from banger.kernel.package import BOOT_ARCHIVE, BUILDER_VERSION, RELEASE, build_entry_files
@@ -242,17 +243,7 @@ def _publish(
                 files={file: identify(new / file) for file in (VMLINUX, INITRD, MODULES)},
             ),
         )
-        target = paths.kernels / entry.name
-        replaced = staging / "replaced"
-        if target.exists():
-            target.rename(replaced)
-        try:
-            new.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        files.sync_directory(paths.kernels)
+        publish_entry(paths, entry.name, new, staging)
     record = find_kernel(paths, entry.name)
     assert record
     return record

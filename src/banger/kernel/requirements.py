@@ -31,3 +31,9 @@ def find_missing_options(config: str) -> tuple[str, ...]:
     missing = [f"CONFIG_{o}=y" for o in _BUILT_IN if values.get(o) != "y"]
     missing += [f"CONFIG_{o}=y|m" for o in _BUILT_IN_OR_MODULE if o not in values]
     return tuple(missing)
+
+
+def find_missing_boot_options(config: str) -> tuple[str, ...]:
+    """What a kernel without modules lacks: there, what boots a guest is built in."""
+    values = dict(re.findall(r"^CONFIG_(\w+)=([ym])$", config, re.MULTILINE))
+    return tuple(f"CONFIG_{o}=y" for o in _BUILT_IN_OR_MODULE if values.get(o) == "m")

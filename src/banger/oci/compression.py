@@ -127,5 +127,5 @@ class LayerStream:
 
 
 def _zstd() -> zstd.ZstdDecompressor:
-    options = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
     return zstd.ZstdDecompressor(options=options)

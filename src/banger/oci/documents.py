@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -77,8 +77,8 @@ class _Kind(Document, frozen=True, kw_only=True):
 
     schema_version: int | None = None
     media_type: str | None = None
-    manifests: msgspec.Raw | None = None
-    config: msgspec.Raw | None = None
+    manifests: Any = None
+    config: Any = None
 
 
 class RootFs(Document, frozen=True, kw_only=True, rename=None):
@@ -93,7 +93,7 @@ class RunConfig(Document, frozen=True, kw_only=True, rename="pascal"):
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
     working_dir: str | None = None
-    volumes: dict[str, msgspec.Raw] | None = None
+    volumes: dict[str, Any] | None = None
     stop_signal: str | None = None
 
 

@@ -21,7 +21,7 @@ class BadImage(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str, *, hint: str | None = None) -> Iterator[None]:
-    """Turn a BadImage of the block into operation_failed (reason bad_image): `reading <what>: …`."""
+    """Turn a BadImage into operation_failed, reason bad_image: `reading <what>: <the fact>`."""
     try:
         yield
     except BadImage as e:

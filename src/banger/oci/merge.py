@@ -9,24 +9,25 @@ needs. Memory holds names, never content; nothing touches the host's filesystem.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
 from banger.oci.compression import LayerStream, ceiling_bytes
 from banger.oci.documents import short
 from banger.oci.errors import BadImage, reading
 from banger.oci.prefetch import prefetched
 from banger.oci.tar_read import DIRECTORY, REGULAR, Member, TarReader
 from banger.oci.tar_write import write_end, write_link, write_member
-from banger.oci.tree import Tree
+from banger.oci.tree import Survivors, Tree
 from banger.units import TIB, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from banger.oci.tree import Meta, Survivors
+    from banger.oci.tree import Meta
     from banger.oci.work import Work
 
 # What squashfs can hold. ACLs (system.posix_acl_*) are not among them.
@@ -34,7 +35,7 @@ _XATTRS = (b"user.", b"trusted.", b"security.")
 # Labels of the machine that built the image, and words of an overlay that it was built on, which
 # the guest's own overlay would obey.
 _FOREIGN_XATTRS = (b"security.selinux", b"trusted.overlay.")
-_MOST_CONTENT = 4 * TIB
+_MOST_CONTENT = 1 * TIB
 _OS_RELEASE = frozenset((b"etc/os-release", b"usr/lib/os-release"))
 _MOST_OS_RELEASE = 64 << 10
 _OS_ID = re.compile(rb"^ID=[\"']?([a-z0-9][a-z0-9._-]{0,63})[\"']?\s*$", re.MULTILINE)
@@ -53,8 +54,9 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True):
     open: Callable[[], IO[bytes]]
 
 
-class Merged(msgspec.Struct, kw_only=True):
-    """What the second pass has found out."""
+@dataclass(kw_only=True)
+class Merged:
+    """What the second pass finds out while it runs."""
 
     members: int = 0
     content_bytes: int = 0
@@ -62,13 +64,14 @@ class Merged(msgspec.Struct, kw_only=True):
 
 
 class LayerIndex(msgspec.Struct, frozen=True, kw_only=True):
-    """What the first pass has found out. `newest` is the latest time in it, in Unix seconds."""
+    """What the first pass has found out. `content_bytes` are those of all files of all layers."""
 
     layers: tuple[Layer, ...]
     survivors: Survivors
     tree: Tree
     content_bytes: int
     newest: int
+    """The latest time in it, as squashfs can hold it, in Unix seconds."""
 
     @property
     def root_mode(self) -> int:
@@ -83,7 +86,7 @@ def index_layers(layers: Sequence[Layer], *, what: str, work: Work) -> LayerInde
             name that leaves the root, a bomb.
     """
     tree = Tree()
-    content = done = 0
+    content = apparent = done = 0
     total = sum(layer.size for layer in layers)
     for layer in layers:
         with reading(f"layer {short(layer.digest or layer.diff_id)} of {what}"):
@@ -95,8 +98,9 @@ def index_layers(layers: Sequence[Layer], *, what: str, work: Work) -> LayerInde
                     while (m := reader.next()) is not None:
                         tree.add(m)
                         if m.kind == REGULAR:
-                            content += m.size
-                            if content > _MOST_CONTENT:
+                            content += m.stored
+                            apparent += m.size
+                            if apparent > _MOST_CONTENT:
                                 raise BadImage(
                                     f"its files have more than {_MOST_CONTENT >> 40} TiB"
                                 )
@@ -114,13 +118,13 @@ def index_layers(layers: Sequence[Layer], *, what: str, work: Work) -> LayerInde
         done += layer.size
         work.advance(done, total, "reading layers")
     for kind, count in tree.dropped.items():
-        work.warn(f"{what}: {count} × {kind} left out")
+        work.warn(f"{what}: {kind} left out, {count} of them")
     return LayerIndex(
         layers=tuple(layers),
         survivors=tree.survivors(),
         tree=tree,
         content_bytes=content,
-        newest=tree.newest,
+        newest=min(tree.newest, (1 << 32) - 1),
     )
 
 
@@ -215,8 +219,3 @@ def _directory_member(meta: Meta | None, newest: int) -> Member:
         m.mode, m.uid, m.gid = meta.mode, meta.uid, meta.gid
         m.mtime, m.xattrs = meta.mtime, meta.xattrs
     return m
-
-
-def bad_image(what: str, problem: str, *, hint: str | None = None) -> BangerError:
-    """The error of an image that is not what it says."""
-    return BangerError("operation_failed", f"{what}: {problem}", hint=hint, reason="bad_image")

@@ -23,22 +23,29 @@ def prefetched(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
     ready: queue.Queue[bytes | BaseException | None] = queue.Queue(_AHEAD)
     unwanted = threading.Event()
 
+    ended = False
+
     def make() -> None:
         end: BaseException | None = None
         try:
             for piece in pieces:
                 if unwanted.is_set():
-                    return
+                    break
                 ready.put(piece)
-        except BaseException as e:  # noqa: BLE001 - it is raised on the other side
+        except BaseException as e:
             end = e
         ready.put(end)
 
     def take() -> Iterator[bytes]:
-        while (piece := ready.get()) is not None:
-            if isinstance(piece, BaseException):
+        nonlocal ended
+        while not ended:
+            piece = ready.get()
+            if isinstance(piece, bytes):
+                yield piece
+                continue
+            ended = True
+            if piece is not None:
                 raise piece
-            yield piece
 
     thread = threading.Thread(target=make, daemon=True, name="layer")
     thread.start()
@@ -46,8 +53,7 @@ def prefetched(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
         yield take()
     finally:
         unwanted.set()
-        # It may be waiting for room: each piece taken lets it see the flag.
-        while thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                ready.get(timeout=0.05)
+        # It may be waiting for room, and its last word is always the end.
+        while not ended:
+            ended = not isinstance(ready.get(), bytes)
         thread.join()

@@ -19,15 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BLOCK = 512
-REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = (
-    b"0",
-    b"1",
-    b"2",
-    b"3",
-    b"4",
-    b"5",
-    b"6",
-)
+REGULAR, HARD_LINK, SYMLINK, CHAR = b"0", b"1", b"2", b"3"
+BLOCK_DEVICE, DIRECTORY, FIFO = b"4", b"5", b"6"
 """Kinds of members, by their type flags. Whatever a stream calls a regular file is REGULAR here."""
 KNOWN = frozenset((REGULAR, HARD_LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO))
 
@@ -40,6 +33,7 @@ _MOST_META_BYTES = 1 << 20
 _MOST_NAME_BYTES = 4096  # PATH_MAX
 _MOST_SPARSE = 1 << 16
 _XATTR = b"SCHILY.xattr."
+_SPARSE_KEYS = frozenset((b"GNU.sparse.major", b"GNU.sparse.map", b"GNU.sparse.size"))
 
 
 class Member:
@@ -129,6 +123,10 @@ class TarReader:
         pieces: list[bytes] = []
         self.copy_data(pieces.append)
         return b"".join(pieces)
+
+    def forget_data(self) -> None:
+        """The present member's data will not come: the source has been moved behind it."""
+        self._left = self._padding = 0
 
     def drain(self) -> None:
         """Read what follows the end of the archive, so that the whole stream was seen."""
@@ -220,24 +218,20 @@ class TarReader:
         m.major = m.minor = 0
         m.xattrs = ()
         m.sparse = None
-        if flag in _REGULAR_FLAGS:
-            # Before ustar a directory was a file whose name ends so.
-            m.kind = DIRECTORY if flag != b"7" and m.name.endswith(b"/") else REGULAR
-        else:
-            m.kind = flag
-            if flag in (CHAR, BLOCK_DEVICE):
-                m.major, m.minor = parse_number(major), parse_number(minor)
+        m.kind = REGULAR if flag in _REGULAR_FLAGS else flag
+        if flag in (CHAR, BLOCK_DEVICE):
+            m.major, m.minor = parse_number(major), parse_number(minor)
         if pax:
             size = _apply_pax(m, pax, size)
+        if flag == b"\0" and m.name.endswith(b"/"):
+            m.kind = DIRECTORY  # before ustar a directory was a file whose name ends so
         # Only files have data, whatever the size field of the others says (POSIX: it may say).
         self._left = m.stored = m.size = size if m.kind == REGULAR or m.kind not in KNOWN else 0
         self._padding = -m.stored % BLOCK
         if m.kind == REGULAR:
             if flag == b"S":
                 self._old_sparse(m, header)
-            elif (
-                b"GNU.sparse.major" in pax or b"GNU.sparse.map" in pax or b"GNU.sparse.size" in pax
-            ):
+            elif not _SPARSE_KEYS.isdisjoint(pax):
                 self._pax_sparse(m, pax)
         if len(m.name) > _MOST_NAME_BYTES or len(m.link) > _MOST_NAME_BYTES:
             raise BadImage(f"a name of more than {_MOST_NAME_BYTES} bytes: {m.name[:60]!r}…")
@@ -349,8 +343,6 @@ def _apply_pax(m: Member, pax: dict[bytes, bytes], size: int) -> int:
             raise BadImage(f"a name holds a NUL byte: {pax[key][:60]!r}")
     if value := pax.get(b"path"):
         m.name = value
-        if m.kind == REGULAR and value.endswith(b"/"):
-            m.kind = DIRECTORY
     if value := pax.get(b"linkpath"):
         m.link = value
     if value := pax.get(b"uid"):

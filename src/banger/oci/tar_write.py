@@ -32,7 +32,11 @@ def write_member(write: Callable[[bytes], object], m: Member, name: bytes) -> by
     size = m.stored if m.kind == REGULAR else 0
     before = b""
     if m.sparse is not None:
-        numbers = [len(m.sparse), *(n for piece in m.sparse for n in piece)]
+        # A hole at the end is an empty piece behind it, as GNU tar has it; sqfstar insists.
+        pieces = m.sparse
+        if not pieces or sum(pieces[-1]) != m.size:
+            pieces = (*pieces, (m.size, 0))
+        numbers = [len(pieces), *(n for piece in pieces for n in piece)]
         before = b"".join(b"%d\n" % n for n in numbers)
         before += bytes(-len(before) % BLOCK)
         records += [

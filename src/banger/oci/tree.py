@@ -84,7 +84,7 @@ class Tree:
         """What was left out, in words, and how often."""
         self._linked: set[int] = set()
         self._moved: dict[int, bytes] = {}
-        self._upper_links: set[tuple[int, bytes]] = set()
+        self._upper_links: set[tuple[Directory, bytes]] = set()
         self._waiting: list[tuple[bytes, bytes]] = []
         self._last: tuple[bytes, Directory, bytes | None] | None = None
         self._memory = 0
@@ -208,13 +208,12 @@ class Tree:
         parts = name.split(b"/")
         parent, _ = self._parent(parts)
         existing = parent.entries.get(parts[-1])
-        if existing is not node or isinstance(existing, int):
-            # In this order: what is replaced may be the only name of the target's directory.
+        if existing != node:  # inodes by number, symbolic links by identity
             self._put(parent, parts[-1], node, existing)
             self._spend(_FILE_COST + len(parts[-1]))
         inode = node if isinstance(node, int) else node.inode
         self._linked.add(inode)
-        self._upper_links.add((id(parent), parts[-1]))
+        self._upper_links.add((parent, parts[-1]))
         self._spend(200)
         return True
 
@@ -249,7 +248,7 @@ class Tree:
         if isinstance(node, Directory):
             return node.touched == self.layer
         inode = node if isinstance(node, int) else node.inode
-        return layer_of(inode) == self.layer or (id(parent), name) in self._upper_links
+        return layer_of(inode) == self.layer or (parent, name) in self._upper_links
 
     def _parent(self, parts: list[bytes]) -> tuple[Directory, bytes | None]:
         """The directory that a member goes into, and its path if it is another than was named."""

@@ -5,12 +5,13 @@ The room's functions are synchronous and run in a thread; the caller's job is pa
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from banger.progress import Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -22,6 +23,9 @@ class Work(Reporter, Protocol):
 
     def wait(self, seconds: float) -> None:
         """Sleep that a cancellation ends; it then raises as `check` does."""
+
+    def interrupting(self, stop: Callable[[], None]) -> AbstractContextManager[None]:
+        """While the block runs, a cancellation calls `stop`, from another thread."""
 
     def locked(self, path: Path) -> AbstractContextManager[None]:
         """An exclusive lock between processes and threads; waiting for it can be cancelled."""

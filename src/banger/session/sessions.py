@@ -125,7 +125,7 @@ async def find_place(
             f"VM {vm} has no {', '.join(lacking)}",
             hint=f"banger vm exec {vm} -- which {lacking[0]}",
         )
-    return AgentPlace(cwd=cwd, shell="sh" not in missing)
+    return AgentPlace(cwd=cwd, has_shell="sh" not in missing)
 
 
 async def list_sessions(client: GuestClient, vm: str) -> list[Session]:

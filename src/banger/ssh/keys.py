@@ -11,6 +11,7 @@ import msgspec
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from banger.errors import BangerError
 from banger.files import ensure_private_directory, locked, write_atomic
 
 if TYPE_CHECKING:
@@ -39,8 +40,26 @@ def generate_key(comment: str) -> KeyPair:
 
 
 def ensure_owner_key(path: Path) -> str:
-    """Make the owner's key when it is absent; return the public line."""
+    """Make the owner's key when it is absent; return the public line.
+
+    Raises:
+        BangerError: it cannot be made here, as by a service that may not write into a home.
+    """
     public = path.with_name(path.name + ".pub")
+    if path.exists() and public.exists():
+        # Nothing to write: the daemon's service sees its owner's home read-only.
+        return public.read_text().strip()
+    try:
+        return _make_owner_key(path, public)
+    except OSError as e:
+        raise BangerError(
+            "operation_failed",
+            f"making the key {path} that opens guests: {e.strerror}",
+            hint="banger ssh-config",
+        ) from e
+
+
+def _make_owner_key(path: Path, public: Path) -> str:
     ensure_private_directory(path.parent)
     with locked(path.parent / ".lock"):
         if not path.exists():

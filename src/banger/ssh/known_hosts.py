@@ -1,6 +1,7 @@
 """banger's own known_hosts: each VM's key is in it before the first contact, gone after delete.
 
-One file for the owner (`<state>/ssh/known_hosts`); the user's own file is never touched.
+The daemon writes one file; where that is not the owner's (a system installation), the command line
+keeps a copy on the owner's side. The user's own file is never touched.
 Format: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
 """
 
@@ -30,3 +31,28 @@ def replace_host(path: Path, hosts: Iterable[str], public_key: str | None) -> No
             kept.append(f"{','.join(names)} {kind} {key}")
         if kept != old:
             write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def copy_hosts(source: Path, target: Path) -> None:
+    """Make `target` hold what `source` holds; an absent source is an empty one.
+
+    Raises:
+        OSError: one cannot be read, or the other written. BangerError: its directory is not ours.
+    """
+    if source == target:
+        return
+    if not source.exists() and not target.exists():
+        return
+    ensure_private_directory(target.parent)
+    # Read under the lock, so that of two copies the later one is the newer one.
+    with locked(target.parent / ".lock"):
+        wanted = _read(source)
+        if wanted != _read(target):
+            write_atomic(target, wanted)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""

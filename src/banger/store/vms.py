@@ -125,6 +125,38 @@ class VmStore:
         )
         return record
 
+    def readdress(
+        self,
+        vm_id: str,
+        subnet: ipaddress.IPv4Network,
+        taken_by_host: frozenset[str],
+        build: Callable[[VmRecord, str], VmRecord],
+    ) -> VmRecord:
+        """Give a VM the lowest free address of another subnet, in one transaction.
+
+        Raises:
+            BangerError: not_found; operation_failed with reason address_exhausted.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            record = self.find(vm_id)
+            if record is None:
+                raise BangerError(
+                    "not_found", f"VM {short_id(vm_id)} is gone", hint="banger vm list"
+                )
+            rows = self._db.execute("SELECT address FROM vms WHERE id != ?", (vm_id,)).fetchall()
+            address = _lowest_free(subnet, {a for (a,) in rows} | taken_by_host)
+            record = build(record, address)
+            self._db.execute(
+                "UPDATE vms SET address = ?, record = ? WHERE id = ?",
+                (address, msgspec.json.encode(record).decode(), vm_id),
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        return record
+
     def delete(self, vm_id: str) -> None:
         self._db.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from banger.errors import BangerError
@@ -60,6 +61,8 @@ class VmContext:
     network: Literal["bridge", "user"]
     jailing: Callable[[], Coroutine[Any, Any, Jailing | None]]
     names: NameTable
+    home: Path = field(default_factory=Path.home)
+    """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)

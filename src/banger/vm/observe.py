@@ -1,4 +1,4 @@
-"""Looking at VMs: live state, ports, statistics, console. Nothing here changes anything."""
+"""Looking at VMs: live state, statistics, console. Nothing here changes anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.api.results import PortRow, VmStats
+from banger.api.results import VmStats
 from banger.errors import BangerError
 from banger.files import free_bytes
 from banger.vm import console
@@ -25,24 +25,6 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CHUNK = 64 << 10
 _FOLLOW_S = 0.25
-
-
-async def ports(ctx: VmContext, vm: VmRecord) -> list[PortRow]:
-    """Listening sockets of a running guest; what only the guest itself reaches is marked."""
-    rows: dict[tuple[str, int, bool], PortRow] = {}
-    for listener in await ctx.client(vm).ports():
-        loopback = listener.address.startswith("127.") or listener.address == "::1"
-        row = PortRow(
-            vm=vm.name,
-            port=listener.port,
-            proto=listener.proto,
-            process=_printable(listener.process),
-            address=listener.address,
-            endpoint=f"{vm.address}:{listener.port}" if vm.address else f"guest:{listener.port}",
-            reachable=not loopback and bool(vm.address),
-        )
-        rows.setdefault((row.proto, row.port, row.reachable), row)
-    return sorted(rows.values(), key=lambda r: (r.port, r.proto))
 
 
 async def stats(ctx: VmContext, vm: VmRecord) -> VmStats:
@@ -86,11 +68,6 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
-
-
-def _printable(text: str) -> str:
-    """A guest's string, harmless on a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:64])
 
 
 async def logs(

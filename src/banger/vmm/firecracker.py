@@ -64,7 +64,7 @@ class FirecrackerDriver:
             raise BangerError(
                 "bad_request",
                 "firecracker has no user-mode networking: it needs a tap",
-                hint="banger daemon status",
+                hint="banger doctor",
                 reason="unsupported",
             )
         argv = (

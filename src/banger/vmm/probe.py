@@ -159,7 +159,7 @@ def _missing(verdict: Verdict, about: tuple[str, ...], what: str) -> BangerError
     message = ": ".join(filter(None, [what, "; ".join(p.message for p in problems)]))
     hints = [p.hint for p in problems if p.hint]
     # The last problem is the cheapest to mend: a program is installed sooner than a processor.
-    return _unusable(message, hints[-1] if hints else "banger daemon status")
+    return _unusable(message, hints[-1] if hints else "banger doctor")
 
 
 def _unusable(message: str, hint: str) -> BangerError:

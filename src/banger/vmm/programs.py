@@ -43,14 +43,16 @@ def find_firecracker(setting: str | None, bin_directory: Path) -> Program | Prob
             if setting
             else (f"firecracker is neither on PATH nor in {bin_directory}")
         )
-        return Problem(about="firecracker", message=where, hint="make firecracker")
+        # One that is configured is the user's: it is not replaced.
+        hint = "banger doctor" if setting else "banger doctor --fix"
+        return Problem(about="firecracker", message=where, hint=hint)
     try:
         first = run([str(path), "--version"], timeout_s=_DEADLINE_S).stdout.decode(errors="replace")
     except BangerError as e:
         return Problem(
             about="firecracker",
             message=f"{path} does not run: {e.message}",
-            hint="banger daemon status",
+            hint="banger doctor",
         )
     return check_firecracker(path, first)
 
@@ -68,7 +70,7 @@ def check_firecracker(path: Path, output: str) -> Program | Problem:
         return Problem(
             about="firecracker",
             message=f"{path} is version {text}; {oldest} is the oldest that works",
-            hint="make firecracker",
+            hint="banger doctor",
         )
     tested = ".".join(map(str, FIRECRACKER_TESTED))
     newer = f"newer than {tested}, the newest tested" if version > FIRECRACKER_TESTED else None

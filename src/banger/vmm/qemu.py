@@ -176,7 +176,8 @@ class QemuDriver:
         # One thread runs all vCPUs in turn. With a thread each, one vCPU may translate code just
         # while another patches it, and then runs what was there before: the kernel patches itself
         # all the time (static keys), and guests with two vCPUs die of it in the end, on int3.
-        return ("-accel", "tcg,thread=single", "-cpu", "max")
+        # The buffer for translated code, in MiB: by default it may outgrow the VM's memory limit.
+        return ("-accel", "tcg,thread=single,tb-size=128", "-cpu", "max")
 
     def _kernel_args(self) -> tuple[str, ...]:
         args: tuple[str, ...] = ("cryptomgr.notests",)

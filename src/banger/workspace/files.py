@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import shlex
 import stat
-from typing import TYPE_CHECKING, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
 from banger.workspace.index import (
@@ -22,6 +20,7 @@ from banger.workspace.index import (
     read_index,
 )
 from banger.workspace.names import format_name, format_names
+from banger.workspace.options import DIRECTORY, Candidate, Selection
 from banger.workspace.repository import Repository, check_mode, resolve_target
 from banger.workspace.scratch import Scratch, open_scratch
 from banger.workspace.worktree import WorkTree
@@ -31,33 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from banger.workspace.options import ShipOptions
-
-DIRECTORY = 0o040000
-
-
-class Candidate(NamedTuple):
-    """One path to ship. `oid` is None for the file on disk; else the blob is shipped. `mode` is
-    what git has recorded: 0 for a file it does not track, `DIRECTORY` in a full copy."""
-
-    name: bytes
-    mode: int
-    oid: str | None
-
-
-class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """The plan. `target` is the commit that the guest checks out, None on an unborn branch.
-
-    `skip_worktree` and `assume_unchanged` are the flags of the copy's index. `nested` are the
-    directories of a full copy that are repositories themselves. `left_out` names what cannot be
-    shipped: sockets, FIFOs, devices, repositories among untracked files.
-    """
-
-    target: str | None
-    candidates: tuple[Candidate, ...]
-    skip_worktree: tuple[bytes, ...] = ()
-    assume_unchanged: tuple[bytes, ...] = ()
-    nested: tuple[bytes, ...] = ()
-    left_out: tuple[bytes, ...] = ()
 
 
 def list_shipped(

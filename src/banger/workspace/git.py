@@ -34,7 +34,6 @@ CALL_TIMEOUT_S = 300.0
 _OPTIONS = (
     "--no-pager",
     "--no-replace-objects",
-    "--literal-pathspecs",
     "-c", "core.fsmonitor=false",
     "-c", "core.hooksPath=/dev/null",
     "-c", "core.untrackedCache=false",
@@ -46,6 +45,8 @@ _OPTIONS = (
     "-c", "gc.auto=0",
     "-c", "maintenance.auto=false",
 )  # fmt: skip
+
+_LITERAL = "--literal-pathspecs"
 
 _ENVIRONMENT = {
     "GIT_OPTIONAL_LOCKS": "0",
@@ -73,8 +74,11 @@ def never() -> bool:
 class Git:
     """A git with fixed options and environment in one place."""
 
-    def __init__(self, place: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        self._argv = (process.get_program("git", package="git"), *_OPTIONS, *place)
+    def __init__(
+        self, place: tuple[str, ...], environment: Mapping[str, str], *, literal: bool = True
+    ) -> None:
+        options = (*_OPTIONS, *((_LITERAL,) if literal else ()))
+        self._argv = (process.get_program("git", package="git"), *options, *place)
         self._environment = {**_ENVIRONMENT, **environment}
 
     def try_run(self, *args: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -124,8 +128,11 @@ def source_git(directory: Path) -> Git:
     return Git(("-C", str(directory)), {})
 
 
-def scratch_git(git_dir: Path, work_tree: Path) -> Git:
-    """Git in our own git directory, without system, user or repository configuration."""
+def scratch_git(git_dir: Path, work_tree: Path, *, literal: bool = True) -> Git:
+    """Git in our own git directory, without system, user or repository configuration.
+
+    `literal` False is for `check-ignore`, which knows no literal pathspecs: give it `./NAME`.
+    """
     return Git(
         ("--git-dir", str(git_dir), "--work-tree", str(work_tree)),
         {
@@ -136,6 +143,7 @@ def scratch_git(git_dir: Path, work_tree: Path) -> Git:
             "HOME": str(git_dir),
             "XDG_CONFIG_HOME": str(git_dir),
         },
+        literal=literal,
     )
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from banger.errors import BangerError
 from banger.workspace.history import find_boundary, read_shallow
 from banger.workspace.objects import ObjectReader
+from banger.workspace.options import GitPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from banger.workspace.files import Selection
     from banger.workspace.git import Git
-    from banger.workspace.options import ShipOptions
+    from banger.workspace.options import Selection, ShipOptions
     from banger.workspace.repository import Repository
     from banger.workspace.scratch import Scratch
     from banger.workspace.tar import TarWriter
@@ -34,33 +34,58 @@ _UNFINISHED = (
 )  # fmt: skip
 
 
-@contextmanager
-def prepared(
-    scratch: Scratch, selection: Selection, options: ShipOptions
-) -> Iterator[Callable[[TarWriter, bytes, Callable[[], bool]], None]]:
-    """Start making the guest's `.git`; packing runs while the caller ships files.
+def plan_git(scratch: Scratch, selection: Selection, options: ShipOptions) -> GitPlan:
+    """Decide what the guest's `.git` will say; nothing is packed yet.
 
-    Yields `emit(tar, name, cancelled)`, which waits for it and writes it to the stream as `name`.
+    Raises:
+        BangerError: a commit of the history is missing.
     """
     repository = scratch.repository
     full = options.mode == "full_copy"
     refs = _list_refs(repository.git()) if full else _choose_refs(repository, selection, options)
-    head = f"ref: refs/heads/{branch}" if (branch := _branch(repository, options)) else None
+    branch = _branch(repository, options)
+    head = f"ref: refs/heads/{branch}" if branch else None
     if head is None:
         assert selection.target is not None
         head = selection.target
     tips = {oid for oid in (*refs.values(), selection.target, repository.head_commit) if oid}
     unfinished = _read_unfinished(repository) if full else {}
     already = read_shallow(repository.common_dir)
+    if full:
+        boundary = tuple(sorted(already))
+        tips |= _commits_named(unfinished, repository)
+    else:
+        with ObjectReader(scratch.git) as reader:
+            boundary = find_boundary(reader, sorted(tips), already)
+    texts = {b"HEAD": f"{head}\n".encode(errors="surrogateescape")}
+    texts[b"config"] = _format_config(repository, branch)
+    texts[b"packed-refs"] = format_refs(refs)
+    texts.update(_read_info(repository))
+    texts.update(unfinished)
+    return GitPlan(head=head, refs=refs, tips=tuple(sorted(tips)), boundary=boundary, texts=texts)
+
+
+@contextmanager
+def prepared(
+    scratch: Scratch,
+    selection: Selection,
+    options: ShipOptions,
+    plan: GitPlan,
+    *,
+    have: tuple[str, ...] = (),
+) -> Iterator[Callable[[TarWriter, bytes, Callable[[], bool]], None]]:
+    """Start making the guest's `.git`; packing runs while the caller ships files.
+
+    Yields `emit(tar, name, cancelled)`, which waits for it and writes it to the stream as `name`.
+    `have` are commits that the guest has already, with their history up to the plan's boundary.
+    """
+    full = options.mode == "full_copy"
     with ExitStack() as stack:
         if full:
-            boundary = tuple(sorted(already))
-            tips |= _commits_named(unfinished, repository)
             scratch.copy_index()
-        else:
-            with ObjectReader(scratch.git) as reader:
-                boundary = find_boundary(reader, sorted(tips), already)
-        join = stack.enter_context(scratch.packing(tuple(sorted(tips)), boundary, indexed=full))
+        join = stack.enter_context(
+            scratch.packing(plan.tips, plan.boundary, indexed=full, have=have)
+        )
         if selection.target is not None and not full:
             scratch.write_index(
                 selection.target,
@@ -70,12 +95,7 @@ def prepared(
 
         def emit(tar: TarWriter, name: bytes, cancelled: Callable[[], bool]) -> None:
             join(cancelled)
-            texts = {b"HEAD": f"{head}\n".encode(errors="surrogateescape")}
-            texts[b"config"] = _format_config(repository, branch)
-            texts[b"packed-refs"] = _format_refs(refs)
-            texts.update(_read_info(repository))
-            texts.update(unfinished)
-            _emit(tar, name, scratch.git_dir, texts)
+            _emit(tar, name, scratch.git_dir, plan.texts)
 
         yield emit
 
@@ -137,7 +157,7 @@ def _list_refs(git: Git) -> dict[str, str]:
     return refs
 
 
-def _format_refs(refs: dict[str, str]) -> bytes:
+def format_refs(refs: dict[str, str]) -> bytes:
     """git-pack-refs(1); without the `peeled` trait git looks up what a tag points to itself."""
     if not refs:
         return b""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 GITLINK = 0o160000
 SYMLINK = 0o120000
+REGULAR = 0o100644
 EXECUTABLE = 0o100755
 
 
@@ -47,6 +48,15 @@ def read_index(git: Git) -> list[IndexEntry]:
             )
         )
     return entries
+
+
+def list_submodules(git: Git) -> list[bytes]:
+    """The names of the index that are submodules. Raises as `read_index`."""
+    out = git.run("ls-files", "-z", "-s", doing="reading the index")
+    if b"160000 " not in out:  # as nearly always; then nothing has to be taken apart
+        return []
+    records = (record.partition(b"\t") for record in out.split(b"\0")[:-1])
+    return [check_name(name) for meta, _, name in records if meta.startswith(b"160000 ")]
 
 
 def list_untracked(git: Git) -> list[bytes]:

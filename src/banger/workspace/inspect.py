@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from banger.errors import BangerError
 from banger.workspace.files import select
 from banger.workspace.git import Git, failure, source_git
-from banger.workspace.index import GITLINK, read_index
+from banger.workspace.index import list_submodules
 from banger.workspace.names import format_name, sanitise_name, strip_credentials
 from banger.workspace.repository import Repository, check_branch, check_mode, resolve_target
 from banger.workspace.scratch import open_scratch
@@ -72,7 +72,7 @@ def inspect_repository(path: Path) -> Repository:
     _check_work_tree_is_here(root, git_dir)
     config = _read_config(git)
     head, branch = _read_head(git)
-    submodules = tuple(format_name(e.name) for e in read_index(git) if e.mode == GITLINK)
+    submodules = tuple(format_name(name) for name in list_submodules(git))
     origin = config.get("remote.origin.url")
     settings = tuple(
         (key, config[key].lower())

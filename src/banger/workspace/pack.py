@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from banger.errors import BangerError
 from banger.progress import Reporter, Silent
-from banger.workspace.files import (
-    DIRECTORY,
-    Candidate,
-    Selection,
-    is_shippable,
-    select,
-    tar_mode,
-)
+from banger.workspace.files import is_shippable, select, tar_mode
 from banger.workspace.git import cancellation, never
-from banger.workspace.git_directory import prepared
-from banger.workspace.index import SYMLINK
+from banger.workspace.git_directory import plan_git, prepared
+from banger.workspace.index import EXECUTABLE, REGULAR, SYMLINK
 from banger.workspace.inspect import inspect_repository
 from banger.workspace.names import format_name, format_names
 from banger.workspace.objects import ObjectReader
-from banger.workspace.options import ShipOptions, ShipResult
+from banger.workspace.options import (
+    DIRECTORY,
+    Candidate,
+    HostStat,
+    PackedFile,
+    Selection,
+    ShipOptions,
+    ShipResult,
+)
 from banger.workspace.scratch import Scratch, open_scratch
+from banger.workspace.stand_ins import find_stand_ins
 from banger.workspace.tar import TarWriter
 from banger.workspace.tree_id import TreeHasher
 from banger.workspace.worktree import WorkTree
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _IN_MEMORY = 1 << 20
 _REPORT_EVERY = 500
 _MAX_LINK = 4096
+_TICK_NS = 20_000_000
 
 
 def pack(
@@ -68,16 +71,23 @@ def pack(
     with ExitStack() as stack:
         scratch = stack.enter_context(open_scratch(repository, scratch_parent))
         selection = select(scratch, options)
-        shipping = _Shipping(
+        shipping = Shipping(
             scratch, selection, TarWriter(out), cancelled, reporter if reporter else Silent()
         )
-        emit = stack.enter_context(prepared(scratch, selection, options))
+        plan = plan_git(scratch, selection, options)
+        emit = stack.enter_context(prepared(scratch, selection, options, plan))
+        shipping.tar.read_only = options.readonly
         shipping.ship_files()
+        shipping.tar.read_only = False
         files, size = shipping.tar.files, shipping.tar.content_bytes
         shipping.tar.directory(b".git", mtime=shipping.now)
         emit(shipping.tar, b".git", cancelled)
         shipping.ship_nested(scratch_parent)
         shipping.tar.finish()
+        tree = shipping.hasher.finish()
+        stand_ins = find_stand_ins(
+            scratch, selection.target, {f.name: f.oid for f in shipping.packed}, tree=tree
+        )
     full = options.mode == "full_copy"
     return ShipResult(
         guest_name=repository.name,
@@ -88,12 +98,17 @@ def pack(
         byte_count=size,
         stream_files=shipping.tar.files,
         stream_bytes=shipping.tar.content_bytes,
-        tree_id=None if full else shipping.hasher.finish(),
+        tree_id=None if full else tree,
+        packed=tuple(shipping.packed),
+        stand_ins=stand_ins,
+        selection=selection,
+        git=plan,
+        members=tuple(shipping.tar.names),
     )
 
 
-class _Shipping:
-    """The state of one stream. Lives as long as the call of `pack`."""
+class Shipping:
+    """The state of one stream. Lives as long as the stream is written."""
 
     def __init__(
         self,
@@ -112,6 +127,7 @@ class _Shipping:
         self.hasher = TreeHasher(self.repository.object_format)
         self.now = int(time.time())
         self._trust_disk = self.repository.setting("core.filemode") != "false"
+        self.packed: list[PackedFile] = []
         self._left_out = list(selection.left_out)
 
     def ship_files(self) -> None:
@@ -155,7 +171,8 @@ class _Shipping:
                 continue
             with open_scratch(inner, scratch_parent) as scratch:
                 selection = Selection(target=inner.head_commit, candidates=())
-                with prepared(scratch, selection, options) as emit:
+                plan = plan_git(scratch, selection, options)
+                with prepared(scratch, selection, options, plan) as emit:
                     emit(self.tar, name + b"/.git", self.cancelled)
 
     def _ship_from_disk(self, tree: WorkTree, candidate: Candidate) -> None:
@@ -167,7 +184,7 @@ class _Shipping:
             target = tree.read_link(name)
             if target is not None:
                 self._enter_directory(name)
-                self._ship_link(name, target, int(found.st_mtime))
+                self._ship_link(name, target, int(found.st_mtime), host_stat(found))
         elif stat.S_ISREG(found.st_mode):
             fd = tree.open(name)
             if fd is None:
@@ -191,7 +208,8 @@ class _Shipping:
             # What is read is what the header says, so a small file may change under us.
             content = _read_up_to(fd, st.st_size + 1)
             if len(content) <= _IN_MEMORY and len(content) <= st.st_size:
-                self._add(name, self._hash(content), executable=mode == 0o755)
+                kept = host_stat(st) if len(content) == st.st_size else None
+                self._add(name, self._hash(content), len(content), mode, kept)
                 self.tar.file(name, content, mode=mode, mtime=int(st.st_mtime))
                 return
             os.lseek(fd, 0, os.SEEK_SET)
@@ -213,7 +231,7 @@ class _Shipping:
                 hint="stop what writes to it, then run the command again",
                 reason="file_changed",
             )
-        self._add(name, hashed.digest(), executable=mode == 0o755)
+        self._add(name, hashed.digest(), st.st_size, mode, host_stat(st))
 
     def _ship_blob(self, reader: ObjectReader, candidate: Candidate) -> None:
         name, git_mode, oid = candidate
@@ -235,14 +253,14 @@ class _Shipping:
             target = b""
             while len(target) < size:
                 target += read(size)
-            self._ship_link(name, target, self.now)
+            self._ship_link(name, target, self.now, None)
             return
         mode = tar_mode(git_mode, 0, trust_disk=False)
         self.tar.stream(name, size, read, mode=mode, mtime=self.now)
-        self._add(name, bytes.fromhex(oid), executable=mode == 0o755)
+        self._add(name, bytes.fromhex(oid), size, mode, None)
 
-    def _ship_link(self, name: bytes, target: bytes, mtime: int) -> None:
-        self._add(name, self._hash(target), link=True)
+    def _ship_link(self, name: bytes, target: bytes, mtime: int, host: HostStat | None) -> None:
+        self._add(name, self._hash(target), len(target), SYMLINK, host)
         self.tar.symlink(name, target, mtime=mtime)
 
     def _enter_directory(self, name: bytes) -> None:
@@ -256,14 +274,23 @@ class _Shipping:
         digest: bytes = hashed.digest()
         return digest
 
-    def _add(
-        self, name: bytes, digest: bytes, *, executable: bool = False, link: bool = False
-    ) -> None:
+    def _add(self, name: bytes, digest: bytes, size: int, mode: int, host: HostStat | None) -> None:
+        executable, link = mode == 0o755, mode == SYMLINK
         self.hasher.add(name, digest, executable=executable, link=link)
+        git_mode = SYMLINK if link else EXECUTABLE if executable else REGULAR
+        self.packed.append(PackedFile(name, git_mode, digest, size, host))
 
     def _check_cancelled(self) -> None:
         if self.cancelled():
             raise cancellation(f"packing {self.repository.root}")
+
+
+def host_stat(st: os.stat_result) -> HostStat | None:
+    """What to remember of a file that has just been read; None when it is so young that its next
+    change may leave all of this as it is: the kernel's clock of file times has ticks."""
+    if time.time_ns() - st.st_ctime_ns < _TICK_NS:
+        return None
+    return HostStat(st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
 
 
 def _read_up_to(fd: int, most: int) -> bytes:

@@ -55,11 +55,11 @@ class Scratch:
             "[core]\n"
             f"\trepositoryformatversion = {1 if sha256 else 0}\n"
             "\tbare = false\n"
-            + "".join(f"\t{k.removeprefix('core.')} = {v}\n" for k, v in _comparing(repository))
+            + "".join(f"\t{k.removeprefix('core.')} = {v}\n" for k, v in comparing(repository))
             + ("[extensions]\n\tobjectFormat = sha256\n" if sha256 else "")
         )
         (self.objects / "info/alternates").write_bytes(
-            _quote_alternate(os.fsencode(repository.objects)) + b"\n"
+            quote_alternate(os.fsencode(repository.objects)) + b"\n"
         )
         self.git = scratch_git(self.git_dir, empty)
         """On an empty work tree: for objects and for the index alone."""
@@ -73,12 +73,7 @@ class Scratch:
         out = self.git.run(
             "ls-tree", "-r", "-z", "--full-tree", commit, doing=f"listing the files of {commit}"
         )
-        tree = {}
-        for record in out.split(b"\0")[:-1]:
-            meta, _, name = record.partition(b"\t")
-            mode, _, oid = meta.split(b" ")
-            tree[check_name(name)] = (int(mode, 8), oid.decode())
-        return tree
+        return parse_tree(out)
 
     def list_changed(self, commit: str) -> set[bytes]:
         """Paths whose file on disk, or whose index entry, is not that of `commit`.
@@ -111,11 +106,13 @@ class Scratch:
             for file in shared:
                 (self.git_dir / file).unlink(missing_ok=True)
 
-    def _list_to_pack(self, tips: tuple[str, ...], *, indexed: bool) -> BinaryIO:
+    def _list_to_pack(
+        self, tips: tuple[str, ...], have: tuple[str, ...], *, indexed: bool
+    ) -> BinaryIO:
         """The tips; of a partial clone every object that is there, since `pack-objects` (2.39)
         takes a missing tree for damage whatever `--missing` says."""
         asked = self.directory / "pack.in"
-        content = "".join(f"{oid}\n" for oid in tips).encode()
+        content = "".join(f"{oid}\n" for oid in (*tips, *(f"^{oid}" for oid in have))).encode()
         if self.repository.partial:
             content = self.git.run(
                 "rev-list",
@@ -151,12 +148,18 @@ class Scratch:
 
     @contextmanager
     def packing(
-        self, tips: tuple[str, ...], boundary: tuple[str, ...], *, indexed: bool = False
+        self,
+        tips: tuple[str, ...],
+        boundary: tuple[str, ...],
+        *,
+        indexed: bool = False,
+        have: tuple[str, ...] = (),
     ) -> Iterator[Callable[[Callable[[], bool]], None]]:
         """Pack what the tips reach, up to the boundary, beside whatever the caller does meanwhile.
 
         Yields a function that waits for the end of it. Objects that a partial clone does not have
-        are left out. With `indexed`, what the index names is packed too.
+        are left out. With `indexed`, what the index names is packed too; what the commits `have`
+        reach is left out.
 
         Raises:
             BangerError: from that function: an object is missing or damaged; cancelled.
@@ -169,7 +172,7 @@ class Scratch:
             return
         words = self.directory / "pack.err"
         with ExitStack() as files:
-            stdin = files.enter_context(self._list_to_pack(tips, indexed=indexed))
+            stdin = files.enter_context(self._list_to_pack(tips, have, indexed=indexed))
             stdout = files.enter_context((self.directory / "pack.out").open("wb"))
             stderr = files.enter_context(words.open("wb"))
             p = self.git.popen(
@@ -212,12 +215,22 @@ def open_scratch(repository: Repository, parent: Path | None = None) -> Iterator
         yield scratch
 
 
-def _comparing(repository: Repository) -> list[tuple[str, str]]:
+def parse_tree(listing: bytes) -> dict[bytes, tuple[int, str]]:
+    """Mode and object of each line of `git ls-tree -r -z`. Raises as `Scratch.read_tree`."""
+    tree = {}
+    for record in listing.split(b"\0")[:-1]:
+        meta, _, name = record.partition(b"\t")
+        mode, _, oid = meta.split(b" ")
+        tree[check_name(name)] = (int(mode, 8), oid.decode())
+    return tree
+
+
+def comparing(repository: Repository) -> list[tuple[str, str]]:
     """The settings that matter for comparing files; sparseness is in the index's bits."""
     return [(k, v) for k, v in repository.settings if "sparse" not in k]
 
 
-def _quote_alternate(path: bytes) -> bytes:
+def quote_alternate(path: bytes) -> bytes:
     """gitrepository-layout(5), objects/info/alternates: a line, C-quoted when it has to be."""
     if not re.search(rb'[\n"#\\]', path):
         return path
@@ -234,7 +247,11 @@ def _copy_file(source: Path, target: Path) -> None:
     except OSError as e:
         raise BangerError("operation_failed", f"reading {source}: {e.strerror}") from e
     with os.fdopen(fd, "rb") as f:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise BangerError("operation_failed", f"reading {source}: it is not a plain file")
         with target.open("wb") as copy:
             shutil.copyfileobj(f, copy, 1 << 20)
+    # git compares the content of entries that are as new as their index: with a newer copy, a file
+    # that was changed in the second of its commit would count as unchanged (git's racy-git.txt).
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))

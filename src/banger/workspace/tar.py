@@ -69,7 +69,11 @@ def _long_record(kind: bytes, value: bytes) -> bytes:
 
 
 class TarWriter:
-    """Members in the order of the calls. Counts what it wrote: files (not directories), bytes."""
+    """Members in the order of the calls. Counts what it wrote: files (not directories), bytes.
+
+    `names` are those of the files, in their order. While `read_only` is set, files and directories
+    are written without write bits.
+    """
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -78,6 +82,8 @@ class TarWriter:
         self._directories: set[bytes] = {b""}
         self.files = 0
         self.content_bytes = 0
+        self.names: list[bytes] = []
+        self.read_only = False
 
     def directory(self, name: bytes, *, mtime: int) -> None:
         """A directory and those above it, each once."""
@@ -85,17 +91,21 @@ class TarWriter:
             return
         self.directory(name.rpartition(b"/")[0], mtime=mtime)
         self._directories.add(name)
-        self._write(build_header(name + b"/", mode=0o755, size=0, mtime=mtime, kind=b"5"))
+        mode = self._mode(0o755)
+        self._write(build_header(name + b"/", mode=mode, size=0, mtime=mtime, kind=b"5"))
 
     def symlink(self, name: bytes, target: bytes, *, mtime: int) -> None:
         self.files += 1
+        self.names.append(name)
         self._write(build_header(name, mode=0o777, size=0, mtime=mtime, kind=b"2", link=target))
 
     def file(self, name: bytes, content: bytes, *, mode: int, mtime: int) -> None:
         """A file that is in memory."""
         size = len(content)
         self.files += 1
+        self.names.append(name)
         self.content_bytes += size
+        mode = self._mode(mode)
         self._write(build_header(name, mode=mode, size=size, mtime=mtime, kind=b"0"))
         self._write(content)
         if size % _BLOCK:
@@ -107,7 +117,9 @@ class TarWriter:
         """A file of `size` bytes from `read(at most)`. Returns how many of them were missing: they
         are zeros in the stream, which stays a valid one."""
         self.files += 1
+        self.names.append(name)
         self.content_bytes += size
+        mode = self._mode(mode)
         self._write(build_header(name, mode=mode, size=size, mtime=mtime, kind=b"0"))
         left = size
         while left and (chunk := read(min(left, _CHUNK))):
@@ -119,6 +131,13 @@ class TarWriter:
             self._write(bytes(min(left, _CHUNK)))
             left -= min(left, _CHUNK)
         return missing
+
+    def whiteout(self, name: bytes) -> None:
+        """The order to remove a file (docs/protocol.md, `put` with `update`); no file itself."""
+        self._write(build_header(name, mode=0, size=0, mtime=0, kind=b"3"))
+
+    def _mode(self, mode: int) -> int:
+        return mode & ~0o222 if self.read_only else mode
 
     def finish(self) -> None:
         """The end marker: two empty blocks."""

@@ -1,4 +1,4 @@
-"""The scenarios, by topic. A module that is named here is run; its functions register themselves."""
+"""The scenarios, by topic. What a module that is named here registers, is run."""
 
 from tests.smoke.scenarios import (  # isort: skip - the order in which they are shown
     commands,
@@ -8,6 +8,16 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     refusals,
     jail,
     services,
+    figures,
 )
 
-__all__ = ["commands", "jail", "lifecycle", "network", "refusals", "services", "workspace"]
+__all__ = [
+    "commands",
+    "figures",
+    "jail",
+    "lifecycle",
+    "network",
+    "refusals",
+    "services",
+    "workspace",
+]

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -90,6 +91,8 @@ def shell_pty() -> None:
             "vm", "exec", "-t", vm, "--", "bash", "-l",
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         )  # fmt: skip
+        # Whatever is typed before the shell is there belongs to nobody.
+        _read_to(ours, b"# ")
         # `stty` speaks for the guest's terminal; the odd quotes tell the output from the echo.
         _type(ours, b"stty size; echo re''ady\n")
         expect(b"33 111" in _read_to(ours, b"ready"), "the size did not arrive")
@@ -115,9 +118,11 @@ def _type(terminal: int, text: bytes) -> None:
 
 
 def _read_to(terminal: int, word: bytes) -> bytes:
-    """What the terminal shows until the word is there; the run's own limit ends a wait in vain."""
+    """What the terminal shows until the word is there."""
     seen = b""
     while word not in seen:
+        readable, _, _ = select.select([terminal], [], [], 60)
+        expect(bool(readable), f"the terminal shows {seen!r} and no {word!r}")
         seen += os.read(terminal, 4096)
     print(seen.decode(errors="replace"), flush=True)
     return seen

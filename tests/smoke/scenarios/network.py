@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.smoke.census import dns_address, nft_elements, ruleset
 from tests.smoke.registry import scenario
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # RFC 5737: addresses that nobody has.
 _OUTSIDE, _UPLINK = "198.51.100.2", "198.51.100.1"
@@ -37,17 +38,27 @@ with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
           shared_vm=True)  # fmt: skip
 def vm_ports() -> None:
     vm = guests.shared()
-    wait_until(lambda: any(row["port"] == 22 for row in _ports(vm)), "sshd in `vm ports`")
-    (ssh,) = {(row["port"], row["proto"], row["endpoint"]) for row in _ports(vm)
-              if row["port"] == 22}  # fmt: skip
-    expect(ssh == (22, "tcp", f"{vm}.vm:22"), f"the row is {ssh}")
+    inner = "/usr/sbin/sshd -p 2222 -o ListenAddress=127.0.0.1 -o PidFile=/run/inner.pid"
+    banger("vm", "exec", vm, "--", "sh", "-c", inner)
+    wait_until(lambda: {22, 2222} <= {row["port"] for row in _ports(vm)}, "both ports")
+    rows = {row["port"]: row for row in _ports(vm)}
+    expect(len(rows) == len(_ports(vm)), "a port is listed twice")
+    expect(rows[22]["endpoint"] == f"{vm}.vm:22", f"port 22 is at {rows[22]['endpoint']}")
+    expect(rows[22]["process"] == "sshd", f"port 22 belongs to {rows[22]['process']}")
+    expect(rows[22]["reachable"] is True, "port 22 is said not to be reachable")
+    expect(rows[2222]["reachable"] is False, "a loopback port is said to be reachable")
     text = banger("vm", "ports", vm)
-    expect("sshd" in text and f"{vm}.vm:22" in text, "the table lacks process or endpoint")
+    expect(f"{vm}.vm:22" in text, "the table lacks the endpoint")
+    banger("vm", "exec", vm, "--", "sh", "-c", "kill $(cat /run/inner.pid)")
+
+
+def _wait_for_sshd(vm: str) -> None:
+    """A VM is ready when its agent is; sshd comes soon after."""
+    wait_until(lambda: 22 in {row["port"] for row in _ports(vm)}, f"sshd in {vm}")
 
 
 def _ports(vm: str) -> list[dict[str, object]]:
-    answer = banger.json("vm", "ports", "--json", vm)
-    rows: list[dict[str, object]] = answer[0]["ports"] if isinstance(answer, list) else answer
+    rows: list[dict[str, object]] = banger.json("vm", "ports", "--json", vm)
     return rows
 
 
@@ -77,7 +88,7 @@ def _lookup(name: str) -> str | None:
           shared_vm=True)  # fmt: skip
 def ssh_hostkey() -> None:
     vm = guests.shared()
-    wait_until(lambda: any(row["port"] == 22 for row in _ports(vm)), "sshd in the guest")
+    _wait_for_sshd(vm)
     out = banger("vm", "ssh", vm, "--", "hostname")
     expect(out == f"{vm}\n", f"ssh gave {out!r}")
     other = "rm -f /root/key /root/key.pub; ssh-keygen -q -t ed25519 -N '' -f /root/key"
@@ -103,15 +114,16 @@ def ssh_config() -> None:
         config = home / ".ssh" / "config"
         user("ssh-config", "--install")
         installed = config.read_text()
-        expect(installed.endswith(user_lines), f"the user's lines are not as they were: {installed}")
+        expect(
+            installed.endswith(user_lines), f"the user's lines are not as they were: {installed}"
+        )
         user("ssh-config", "--install")
         expect(config.read_text() == installed, "the second install changed the file")
         effective = user.run("ssh", "-F", str(config), "-G", "any.vm").out.splitlines()
         expect("user root" in effective, "`ssh any.vm` would not log in as root")
         with guests.vm("named") as vm:
-            done = user.run(
-                "ssh", "-F", str(config), "-o", "BatchMode=yes", f"{vm}.vm", "hostname"
-            )
+            _wait_for_sshd(vm)
+            done = user.run("ssh", "-F", str(config), "-o", "BatchMode=yes", f"{vm}.vm", "hostname")
             print(done.err)
             expect(done.out == f"{vm}\n", f"ssh {vm}.vm gave {done.out!r}")
         for _ in range(2):
@@ -127,36 +139,35 @@ def nat() -> None:
         banger("vm", "set", vm, "--nat")
         expect(_reaches(vm), "with NAT the guest does not reach the outside")
         expect(seen() == [_UPLINK], f"the outside saw {seen()}, not the host's address")
-        expect(_nat_elements() == 1, f"{_nat_elements()} elements of nat_taps, expected one")
-        expect("masquerade" in str(ruleset()), "no masquerade rule")
+        _expect_nat(elements=1)
         banger("vm", "set", vm, "--no-nat")
-        expect(_nat_elements() == 0, "the element is there after --no-nat")
+        _expect_nat(elements=0)
         expect(not _reaches(vm), "after --no-nat the guest still reaches the outside")
         banger("vm", "set", vm, "--nat")
         banger("vm", "stop", vm)
-        expect(_nat_elements() == 0, "the element is there after stop")
+        _expect_nat(elements=0)
         banger("vm", "start", vm)
-        expect(_nat_elements() == 1, "not exactly one element after stop and start")
+        _expect_nat(elements=1)
         expect(_reaches(vm), "after stop and start the guest does not reach the outside")
-        # The other direction: nobody outside may open a connection to a guest.
-        address = guests.show(vm)["address"]
-        host("ip", "netns", "exec", "outside", "ip", "route", "add", f"{address}/32", "via", _UPLINK)
-        probe = ("bash", "-c", f"exec 3<>/dev/tcp/{address}/22")
-        host_status = host(
-            "ip", "netns", "exec", "outside", "timeout", "3", *probe, status=None
-        )
-        expect(host_status == "", "the outside reached the guest")
-    expect(_nat_elements() == 0, "the element is there after delete")
-    expect(seen_masks() == 1, "the masquerade rule is there more than once")
+        _expect_closed(guests.show(vm)["address"])
+    _expect_nat(elements=0)
 
 
-def seen_masks() -> int:
-    """How many masquerade rules there are."""
-    return str(ruleset()).count("'masquerade'")
+def _expect_nat(*, elements: int) -> None:
+    """So many VMs with NAT, and the rule that serves them all exactly once."""
+    found = nft_elements("bridge", "nat_taps")
+    expect(len(found) == elements, f"nat_taps holds {found}, expected {elements}")
+    rules = [entry for entry in ruleset() if "masquerade" in str(entry.get("rule", {}))]
+    expect(len(rules) == 1, f"{len(rules)} masquerade rules, expected one")
 
 
-def _nat_elements() -> int:
-    return len(nft_elements("bridge", "nat_taps"))
+def _expect_closed(address: str) -> None:
+    """The other direction: nobody outside may open a connection to a guest."""
+    outside = ("ip", "netns", "exec", "outside")
+    host(*outside, "ip", "route", "add", f"{address}/32", "via", _UPLINK)
+    probe = f"timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/22' && echo reached"
+    out = host(*outside, "sh", "-c", probe, status=None)
+    expect(out == "", "the outside reached a guest")
 
 
 def _reaches(vm: str) -> bool:
@@ -166,16 +177,34 @@ def _reaches(vm: str) -> bool:
 
 
 @contextlib.contextmanager
-def _outside_world() -> Iterator[object]:
-    """A host beyond this one's uplink, with a listener; yields what it has seen."""
+def _outside_world() -> Iterator[Callable[[], list[str]]]:
+    """A host beyond this one's uplink, with a listener; yields what tells whom it has seen."""
+    inside = ("ip", "-n", "outside")
     host("ip", "netns", "add", "outside")
     try:
         host("ip", "link", "add", "uplink", "type", "veth", "peer", "eth0", "netns", "outside")
         host("ip", "address", "add", f"{_UPLINK}/24", "dev", "uplink")
         host("ip", "link", "set", "uplink", "up")
-        inside = ("ip", "-n", "outside")
         host(*inside, "address", "add", f"{_OUTSIDE}/24", "dev", "eth0")
         host(*inside, "link", "set", "eth0", "up")
-        yield from _listening()
+        with _listener() as seen:
+            yield seen
     finally:
         host("ip", "netns", "delete", "outside")
+        # The first namespace of a host leaves this behind.
+        host("umount", "/run/netns")
+
+
+@contextlib.contextmanager
+def _listener() -> Iterator[Callable[[], list[str]]]:
+    command = ["ip", "netns", "exec", "outside", sys.executable, "-u", "-c", _LISTENER]
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "seen"
+        with log.open("wb") as out:
+            process = subprocess.Popen([*command, _OUTSIDE, str(_PORT)], stdout=out)
+        try:
+            wait_until(lambda: log.read_text() == "listening\n", "the listener outside")
+            yield lambda: log.read_text().split()[1:]
+        finally:
+            process.kill()
+            process.wait()

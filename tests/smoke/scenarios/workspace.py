@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,6 @@ def repository() -> Path:
     """
     path = banger.home / "repo"
     path.mkdir()
-    banger.run("true")
     files = {
         "Makefile": 'test:\n\t@cat "a file"; pwd; ls -a\n',
         ".gitignore": "ignored\n",
@@ -41,9 +41,11 @@ def repository() -> Path:
 
 
 def _give(path: Path) -> None:
-    import shutil
-
     shutil.chown(path, banger.user, banger.user)
+
+
+# The small image has no git; what git wrote can be read all the same.
+_SHOW_HEAD = "cat .git/HEAD .git/packed-refs"
 
 
 def _git(*arguments: str) -> str:
@@ -56,11 +58,12 @@ def _git(*arguments: str) -> str:
 @scenario("repodir", "tracked files and their edits reach /root/repo, with the same HEAD")
 def workspace_run() -> None:
     head = _head("HEAD")
-    show_head = "make test; cat .git/HEAD .git/refs/heads/main"
-    out = banger("vm", "run", "--rm", str(repository()), "--", "sh", "-c", show_head)
+    script = f"make test; {_SHOW_HEAD}"
+    out = banger("vm", "run", "--rm", str(repository()), "--", "sh", "-c", script)
     lines = out.splitlines()
     expect(lines[:2] == ["edited", "/root/repo"], f"stdout is {out!r}")
-    expect(lines[-2:] == ["ref: refs/heads/main", head], f"the guest's HEAD is {lines[-2:]}")
+    expect("ref: refs/heads/main" in lines, f"the guest's HEAD is {lines[-2:]}")
+    expect(f"{head} refs/heads/main" in lines, f"the guest's commit is {lines[-2:]}")
     expect(not {"untracked", "ignored"} & set(lines), "a file was shipped that git does not track")
 
 
@@ -90,11 +93,9 @@ def include_untracked() -> None:
 def workspace_branch() -> None:
     base = _head("HEAD~1")
     arguments = ("--branch", "topic", "--from", "HEAD~1", str(repository()))
-    out = banger(
-        "vm", "run", "--rm", *arguments, "--",
-        "cat", ".git/HEAD", ".git/refs/heads/topic",
-    )  # fmt: skip
-    expect(out.splitlines()[:2] == ["ref: refs/heads/topic", base], f"stdout is {out!r}")
+    out = banger("vm", "run", "--rm", *arguments, "--", "sh", "-c", _SHOW_HEAD)
+    expect("ref: refs/heads/topic" in out, f"stdout is {out!r}")
+    expect(f"{base} refs/heads/topic" in out, f"the branch is elsewhere: {out!r}")
 
 
 @scenario("repodir", "`-d` with `--rm` or a command is refused; alone it leaves a usable VM")

@@ -1,0 +1,86 @@
+"""Container images as the daemon offers them: pulled by reference, or because a VM asks for one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from banger.api import params as p
+from banger.api import results as r
+from banger.errors import BangerError
+from banger.image.cache import prune_cache
+from banger.image.entries import find_image
+from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
+from banger.kernel.entries import find_kernel
+from banger.kernel.pull import find_catalog_kernel
+from banger.oci.reference import FileReference
+
+if TYPE_CHECKING:
+    from banger.api.records import ImageRecord
+    from banger.daemon.daemon import Daemon
+    from banger.progress import Reporter
+    from banger.rpc.server import Call
+
+
+async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRecord:
+    """`image.pull`: the image of a reference, pulled unless it is here unchanged."""
+    plan = _plan(daemon, params)
+    if plan.replace and (existing := find_image(daemon.paths, plan.name)) is not None:
+        refuse_in_use(daemon, existing)
+    if find_kernel(daemon.paths, plan.kernel_ref) is None and not find_catalog_kernel(
+        plan.kernel_ref
+    ):
+        raise BangerError(
+            "not_found",
+            f"there is no kernel {plan.kernel_ref!r}, here or in the catalog",
+            hint="banger kernel list --available",
+        )
+    return await pull_image(daemon.paths, plan, reporter=call)
+
+
+async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> ImageRecord:
+    """The image of a reference that a VM is asked for, pulled when it is not here.
+
+    What a tag means in its registry is not asked again; a file is looked at, because its maker
+    expects what is in it now.
+
+    Raises:
+        BangerError: as `pull_image`.
+    """
+    plan = _plan(daemon, p.PullImage(reference=reference))
+    found = find_pulled(daemon.paths, plan)
+    if found is not None:
+        if not isinstance(plan.reference, FileReference):
+            return found
+        free = not any(vm.image_id == found.id for vm in daemon.store.list())
+        plan = _plan(daemon, p.PullImage(reference=reference, name=found.name, force=free))
+    report.stage("resolve_image", f"pulling the image {plan.reference}")
+    return await pull_image(daemon.paths, plan, reporter=report)
+
+
+async def cache_prune(daemon: Daemon, call: Call, params: p.PruneCache) -> r.PrunedCache:
+    """`image.cache.prune`: frees what pulls keep for the next pull."""
+    return await prune_cache(daemon.paths, dry_run=params.dry_run)
+
+
+def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
+    """Raises BangerError, reason in_use, when a VM has this image."""
+    users = [vm.name for vm in daemon.store.list() if vm.image_id == image.id]
+    if users:
+        raise BangerError(
+            "operation_failed",
+            f"image {image.name} is used by {', '.join(users)}",
+            hint=f"banger vm delete {users[0]}",
+            reason="in_use",
+        )
+
+
+def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:
+    return plan_pull(
+        params.reference,
+        default_registry=daemon.settings.oci_default_registry,
+        kernel_ref=params.kernel_ref or daemon.settings.default_kernel_ref,
+        name=params.name,
+        platform=params.platform,
+        replace=params.force,
+        reserve_bytes=daemon.settings.disk_reserve_bytes,
+    )

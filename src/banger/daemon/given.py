@@ -1,0 +1,166 @@
+"""Images and kernels out of the user's own files, and back into files: register, import, export."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from banger.daemon import catalog
+from banger.errors import BangerError
+from banger.image.published import export_image
+from banger.image.register import check_rootfs, promote_image, refuse_existing, register_image
+from banger.kernel.entries import delete_kernel, find_kernel
+from banger.kernel.given import GivenKernel, make_kernel, plan_import
+from banger.kernel.published import export_kernel
+from banger.kernel.pull import find_catalog_kernel
+from banger.names import check_entry_name
+from banger.rpc import frames
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from banger.api import catalog as c
+    from banger.api import params as p
+    from banger.api.records import ImageRecord, KernelRecord
+    from banger.daemon.daemon import Daemon
+    from banger.rpc.server import Call
+
+_HINT = "banger image register --help"
+
+
+async def image_register(daemon: Daemon, call: Call, params: c.RegisterImage) -> ImageRecord:
+    """`image.register`: the root filesystem is used in place, a kernel becomes an entry."""
+    _check(params)
+    rootfs = Path(params.rootfs)
+    check_entry_name(params.name, "image")
+    check_rootfs(rootfs)
+    refuse_existing(daemon.paths, params.name)
+    kernel_ref = params.kernel_ref
+    if kernel_ref is None:
+        kernel_ref = (await _make_kernel(daemon, call, params)).name
+    else:
+        await _refuse_unknown(daemon, call, kernel_ref)
+    try:
+        return await register_image(
+            daemon.paths,
+            name=params.name,
+            rootfs=rootfs,
+            kernel_ref=kernel_ref,
+            distro=params.distro,
+            reporter=call,
+        )
+    except BaseException:
+        if params.kernel_ref is None:
+            delete_kernel(daemon.paths, kernel_ref)
+        raise
+
+
+def _check(params: c.RegisterImage) -> None:
+    files = (params.kernel, params.initrd, params.modules)
+    problem = None
+    if params.kernel_ref is not None and any(files):
+        problem = "a kernel's name excludes files of one"
+    elif params.kernel_ref is None and params.kernel is None:
+        problem = "it takes a kernel: the name of an entry, or a file"
+    elif params.initrd is not None and params.modules is not None:
+        problem = "an initrd and a directory of modules exclude each other"
+    elif bad := [path for path in files if path is not None and not path.startswith("/")]:
+        problem = f"the path {bad[0]} must be absolute"
+    if problem:
+        raise BangerError("bad_request", f"registering {params.name}: {problem}", hint=_HINT)
+
+
+async def _make_kernel(daemon: Daemon, call: Call, params: c.RegisterImage) -> KernelRecord:
+    assert params.kernel is not None
+    return await make_kernel(
+        daemon.paths,
+        GivenKernel(
+            name=f"{params.name}-kernel",
+            distro=params.distro,
+            source=_owner(params.name),
+            root=None,
+            kernel=Path(params.kernel),
+            initrd=Path(params.initrd) if params.initrd else None,
+            modules=Path(params.modules) if params.modules else None,
+        ),
+        force=False,
+        reserve_bytes=daemon.settings.disk_reserve_bytes,
+        reporter=call,
+    )
+
+
+async def _refuse_unknown(daemon: Daemon, call: Call, kernel: str) -> None:
+    if find_kernel(daemon.paths, kernel) is not None or find_catalog_kernel(kernel) is not None:
+        return
+    looked = await catalog.look(daemon, call)
+    if looked.problem is not None:
+        raise looked.problem
+    if looked.find("kernel", kernel) is None:
+        raise BangerError(
+            "not_found",
+            f"there is no kernel {kernel!r}, here or in the catalog",
+            hint="banger kernel list --available",
+        )
+
+
+def forget_kernel_of(daemon: Daemon, image: ImageRecord) -> None:
+    """Remove the kernel entry that was made for a registered image, which is gone."""
+    kernel = find_kernel(daemon.paths, image.kernel_ref)
+    if kernel is not None and kernel.source == _owner(image.name):
+        delete_kernel(daemon.paths, kernel.name)
+
+
+def _owner(image: str) -> str:
+    """The source of a kernel entry that belongs to an image."""
+    return f"image:{image}"
+
+
+async def image_promote(daemon: Daemon, call: Call, params: p.NameRef) -> ImageRecord:
+    """`image.promote`: a registered image becomes banger's own; VMs that use it go on."""
+    return await promote_image(
+        daemon.paths,
+        params.name,
+        reporter=call,
+        reserve_bytes=daemon.settings.disk_reserve_bytes,
+    )
+
+
+async def kernel_import(daemon: Daemon, call: Call, params: c.ImportKernel) -> KernelRecord:
+    """`kernel.import`: an entry from a directory of the user's."""
+    if params.arch != "amd64":
+        raise BangerError(
+            "bad_request",
+            f"importing {params.name}: microVMs on this host are amd64, nothing else",
+            hint="banger kernel import --help",
+        )
+    given = await asyncio.to_thread(plan_import, params.name, Path(params.directory), params.distro)
+    return await make_kernel(
+        daemon.paths,
+        given,
+        force=params.force,
+        reserve_bytes=daemon.settings.disk_reserve_bytes,
+        reporter=call,
+    )
+
+
+async def image_export(daemon: Daemon, call: Call, params: p.NameRef) -> c.Exported:
+    """`image.export`: the data frames are the bundle."""
+    return await export_image(daemon.paths, params.name, write=_sender(call), reporter=call)
+
+
+async def kernel_export(daemon: Daemon, call: Call, params: p.NameRef) -> c.Exported:
+    """`kernel.export`: the data frames are the bundle."""
+    return await export_kernel(daemon.paths, params.name, write=_sender(call), reporter=call)
+
+
+def _sender(call: Call) -> Callable[[bytes], None]:
+    """Sends data to the client from a worker thread, at the client's pace."""
+    loop = asyncio.get_running_loop()
+
+    def send(chunk: bytes) -> None:
+        for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
+            piece = chunk[at : at + frames.PAYLOAD_LIMIT]
+            asyncio.run_coroutine_threadsafe(call.data(piece), loop).result()
+
+    return send

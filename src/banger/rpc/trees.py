@@ -1,0 +1,279 @@
+"""Files of a guest for code that runs in a thread: list, fetch, place, and run a program on them.
+
+A `GuestFiles` makes one connection for each exchange and holds none between; several threads may
+use it. `cancel` ends what is under way and refuses more. The guest is hostile: what it says is
+capped and checked here or by whoever gets the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+import msgspec
+
+from banger.api.base import Wire
+from banger.api.envelope import WireError
+from banger.errors import BangerError
+from banger.rpc.blocking import BlockingChannel
+from banger.rpc.channel import connection_lost, decode_reply
+from banger.rpc.data import DataReader, DataWriter, decode
+from banger.rpc.frames import FrameType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from banger.api.envelope import Request
+
+T = TypeVar("T")
+
+MAX_ENTRIES = 2_000_000
+_MAX_NAME = 4095
+_ENTRY = struct.Struct("<IQQQQH")
+_RECORD = struct.Struct("<QQQ")
+_STDERR = 4096
+_STDIN_CREDIT = 256 << 10
+
+
+class Transferred(Wire, frozen=True, kw_only=True):
+    """What a put or get moved."""
+
+    files: int
+    bytes: int
+
+
+class Record(NamedTuple):
+    """Inode and times (ns) of a file. While they and its size stay, so does its content."""
+
+    ino: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def precise(self) -> bool:
+        """Whether the filesystem keeps parts of a second; else two changes may look like one."""
+        return self.ctime_ns % 1_000_000_000 != 0
+
+
+class Entry(NamedTuple):
+    """One name below a scanned directory. `mode` is `st_mode`."""
+
+    mode: int
+    size: int
+    record: Record
+
+
+class PathFacts(Wire, frozen=True, kw_only=True):
+    """What a path in the guest leads to, links followed."""
+
+    kind: str
+    path: str
+    size: int
+    mode: int
+
+
+class GuestFiles:
+    """The files of one guest. `connect` gives a new, blocking connection to its agent; `request`
+    builds the request of a method and its parameters, with the VM's token."""
+
+    def __init__(
+        self,
+        connect: Callable[[], socket.socket],
+        request: Callable[[str, dict[str, Any]], Request],
+    ) -> None:
+        self._connect = connect
+        self._request = request
+        self._guard = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """From another thread: exchanges under way fail at their next step."""
+        with self._guard:
+            self._cancelled = True
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def _exchange(
+        self, method: str, params: dict[str, Any], doing: str
+    ) -> Iterator[BlockingChannel]:
+        sock = self._connect()
+        sock.setblocking(True)
+        with self._guard:
+            self._open.add(sock)
+            cancelled = self._cancelled
+        try:
+            if cancelled:
+                raise BangerError("operation_failed", f"{doing}: cancelled", reason="cancelled")
+            channel = BlockingChannel(sock)
+            channel.write_document(self._request(method, params))
+            decode_reply(channel.read_line(), doing)
+            yield channel
+        except ConnectionError as e:
+            raise connection_lost(doing) from e
+        finally:
+            with self._guard:
+                self._open.discard(sock)
+            sock.close()
+
+    def stat(self, path: str) -> PathFacts | None:
+        """What a path leads to; None when nothing is there."""
+        doing = f"looking at {path} in the guest"
+        sock = self._connect()
+        sock.setblocking(True)
+        channel = BlockingChannel(sock)
+        try:
+            channel.write_document(self._request("stat", {"path": path}))
+            reply = decode_reply(channel.read_line(), doing)
+            return msgspec.convert(reply.result, type=PathFacts)
+        except BangerError as e:
+            if e.code == "not_found":
+                return None
+            raise
+        except msgspec.ValidationError as e:
+            raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
+        finally:
+            sock.close()
+
+    def scan(self, path: str) -> dict[bytes, Entry] | None:
+        """Everything below a directory, without the inside of `.git` directories; None when the
+        directory is not there.
+
+        Raises:
+            BangerError: it cannot be read; more than `MAX_ENTRIES` entries, or a malformed one.
+        """
+        doing = f"listing {path} in the guest"
+        found: dict[bytes, Entry] = {}
+        try:
+            with self._exchange("scan", {"path": path}, doing) as channel:
+                data = DataReader(channel, doing)
+                rest = b""
+                while (chunk := data.next_chunk()) is not None:
+                    rest = _parse_entries(rest + chunk, found, doing)
+                data.finish(Transferred)
+        except BangerError as e:
+            if e.code == "not_found":
+                return None
+            raise
+        if rest:
+            raise BangerError("operation_failed", f"{doing}: the answer is cut")
+        return found
+
+    def get(self, path: str, names: list[bytes] | None, receive: Callable[[BinaryIO], T]) -> T:
+        """What `receive` makes of a tar of `path`, or of some names below it."""
+        doing = f"fetching files of {path} from the guest"
+        params: dict[str, Any] = {"path": path, "names": names is not None}
+        with self._exchange("get", params, doing) as channel:
+            if names is not None:
+                with DataWriter(channel).buffered() as out:
+                    out.writelines(n + b"\0" for n in names)
+                channel.write_frame(FrameType.DATA_END)
+            data = DataReader(channel, doing)
+            received = receive(data.buffered())
+            data.finish(Transferred)
+            return received
+
+    def put(
+        self, path: str, write: Callable[[BinaryIO], T], *, mode: str
+    ) -> tuple[T, Transferred, tuple[Record, ...]]:
+        """Send one tar that `write` writes. Returns also a record of each counted member.
+
+        Raises:
+            BangerError: the agent's own error; the tree in the guest is then as it was, but for a
+                merge.
+        """
+        doing = f"copying files to {path} in the guest"
+        params = {"path": path, "mode": mode, "owner": None, "report": True}
+        with self._exchange("put", params, doing) as channel:
+            data = DataReader(channel, doing)
+            try:
+                with DataWriter(channel).buffered() as out:
+                    written = write(out)
+                channel.write_frame(FrameType.DATA_END)
+            except ConnectionError:
+                # The agent gave up; its last frame says why.
+                data.finish(Transferred)
+                raise
+            report = bytearray()
+            while (chunk := data.next_chunk()) is not None:
+                report += chunk
+                if len(report) > _RECORD.size * MAX_ENTRIES:
+                    raise BangerError("operation_failed", f"{doing}: the report has no end")
+            transferred = data.finish(Transferred)
+        if len(report) != _RECORD.size * transferred.files:
+            raise BangerError("operation_failed", f"{doing}: the report is cut")
+        return written, transferred, tuple(map(Record._make, _RECORD.iter_unpack(report)))
+
+    def run(
+        self, argv: list[str], *, cwd: str | None, stdin: bytes, out: Callable[[bytes], object]
+    ) -> tuple[int, str]:
+        """Run a program as the guest's root: its status and the end of what it said on stderr.
+
+        `out` gets stdout as it comes and may raise to end the program. A signal counts as 128.
+        """
+        doing = f"running {argv[0]} in the guest"
+        words = b""
+        params = {
+            "argv": argv, "cwd": cwd, "env": {"LC_ALL": "C.UTF-8"}, "user": "root", "tty": None,
+            "login": False,
+        }  # fmt: skip
+        with self._exchange("exec", params, doing) as channel:
+            waiting = memoryview(stdin)
+            credit, open_ = _STDIN_CREDIT, True
+            while True:
+                while waiting and credit:
+                    piece = waiting[: min(credit, 64 << 10)]
+                    channel.write_frame(FrameType.STDIN, bytes(piece))
+                    credit -= len(piece)
+                    waiting = waiting[len(piece) :]
+                if not waiting and open_:
+                    channel.write_frame(FrameType.STDIN_CLOSE)
+                    open_ = False
+                frame = channel.read_frame()
+                if frame is None:
+                    raise connection_lost(doing)
+                kind, payload = frame
+                if kind is FrameType.STDOUT:
+                    out(payload)
+                elif kind is FrameType.STDERR:
+                    words = (words + payload)[-_STDERR:]
+                elif kind is FrameType.CREDIT:
+                    credit += int.from_bytes(payload[:4], "big")
+                elif kind is FrameType.EXIT:
+                    ended = decode(payload, dict[str, Any], doing)
+                    status = ended.get("code")
+                    return (
+                        status if isinstance(status, int) else 128,
+                        words.decode(errors="replace").strip(),
+                    )
+                elif kind is FrameType.ERROR:
+                    raise decode(payload, WireError, doing).exception()
+
+
+def _parse_entries(data: bytes, found: dict[bytes, Entry], doing: str) -> bytes:
+    """Take whole entries off the front of `data`; return what is left."""
+    at, end, fixed = 0, len(data), _ENTRY.size
+    unpack = _ENTRY.unpack_from
+    while at + fixed <= end:
+        mode, size, ino, mtime, ctime, length = unpack(data, at)
+        start = at + fixed
+        if start + length > end:
+            break
+        name = data[start : start + length]
+        if not 0 < length <= _MAX_NAME or name in found or len(found) >= MAX_ENTRIES:
+            raise BangerError(
+                "operation_failed",
+                f"{doing}: more than {MAX_ENTRIES} names, or one that is twice there",
+            )
+        found[name] = Entry(mode, size, Record(ino, mtime, ctime))
+        at = start + length
+    return data[at:]

@@ -1,0 +1,176 @@
+"""Files from a guest land on the host: below one directory, and nowhere else.
+
+Every component is opened by descriptor with O_NOFOLLOW, so neither a link that the guest sends nor
+one that lies there already leads anywhere. A file gets its final name when it is whole. Owner is
+the caller; of a mode the permission bits count. A `Landing` holds one descriptor a directory level
+until it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Self
+
+from banger.errors import BangerError
+from banger.workspace.names import MAX_DEPTH, format_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 1 << 20
+
+
+class Landing:
+    """Writes below `root`. Names are lists of components (`tar_reader.split_name`)."""
+
+    def __init__(self, root: Path, doing: str) -> None:
+        self._doing = doing
+        self._fds = [os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+        self._parts: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def directory(self, parts: list[bytes]) -> int:
+        """A descriptor of the directory, made where it is missing; valid until the next call.
+
+        Raises:
+            BangerError: a component is a link or a file.
+        """
+        if len(parts) > MAX_DEPTH:
+            raise self._error(parts, "it is nested too deep")
+        same = 0
+        for old, new in zip(self._parts, parts, strict=False):
+            if old != new:
+                break
+            same += 1
+        while len(self._parts) > same:
+            os.close(self._fds.pop())
+            self._parts.pop()
+        for part in parts[same:]:
+            try:
+                self._fds.append(self._enter(self._fds[-1], part))
+            except OSError as e:
+                known = e.errno in (errno.ENOTDIR, errno.ELOOP)
+                why = "a link or a file is in the way" if known else e.strerror or str(e)
+                raise self._error([*self._parts, part], why) from e
+            self._parts.append(part)
+        return self._fds[-1]
+
+    @staticmethod
+    def _enter(above: int, part: bytes) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(part, _DIRECTORY, dir_fd=above)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, 0o755, dir_fd=above)
+        return os.open(part, _DIRECTORY, dir_fd=above)
+
+    def file(
+        self, parts: list[bytes], size: int, read: Callable[[int], bytes], *, mode: int
+    ) -> None:
+        """Write a file of `size` bytes from `read(at most)`, in place of what has the name.
+
+        Raises:
+            BangerError: `read` ended early, or the name cannot be written; the old file is intact.
+        """
+
+        def fill(directory: int, temporary: bytes) -> None:
+            fd = os.open(temporary, _NEW, 0o600, dir_fd=directory)
+            try:
+                left = size
+                while left and (chunk := read(min(left, _CHUNK))):
+                    _write_all(fd, chunk)
+                    left -= len(chunk)
+                if left:
+                    raise self._error(parts, "its content is cut")
+                os.fchmod(fd, mode & 0o777)
+            finally:
+                os.close(fd)
+
+        self._place(parts, fill)
+
+    def symlink(self, parts: list[bytes], target: bytes) -> None:
+        """Make a link, as it is; it is never followed here. Raises as `file`."""
+        if not target or b"\0" in target:
+            raise self._error(parts, "it is a link without a target")
+        self._place(parts, lambda fd, name: os.symlink(target, name, dir_fd=fd))
+
+    def hardlink(self, parts: list[bytes], to: list[bytes]) -> None:
+        """A second name of a file that landed before. Raises as `file`."""
+        if not to:
+            raise self._error(parts, "it is a link without a target")
+        source = os.dup(self.directory(to[:-1]))
+        try:
+            self._place(
+                parts,
+                lambda fd, name: os.link(
+                    to[-1], name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False
+                ),
+            )
+        finally:
+            os.close(source)
+
+    def move_in(self, source: Landing, parts: list[bytes]) -> None:
+        """Move a file of the same name from another landing, on the same filesystem. Raises as
+        `file`."""
+        try:
+            os.rename(
+                parts[-1],
+                parts[-1],
+                src_dir_fd=source.directory(parts[:-1]),
+                dst_dir_fd=self.directory(parts[:-1]),
+            )
+        except OSError as e:
+            raise self._error(parts, e.strerror or str(e), e.errno) from e
+
+    def set_directory_mode(self, parts: list[bytes], mode: int) -> None:
+        """Permission bits of a directory that is there; what is inside stays reachable for us."""
+        os.fchmod(self.directory(parts), (mode & 0o777) | stat.S_IRWXU)
+
+    def _place(self, parts: list[bytes], fill: Callable[[int, bytes], None]) -> None:
+        if not parts:
+            raise self._error(parts, "it has no name")
+        temporary = b".banger-" + os.urandom(6).hex().encode()
+        try:
+            directory = self.directory(parts[:-1])
+            try:
+                fill(directory, temporary)
+                os.rename(temporary, parts[-1], src_dir_fd=directory, dst_dir_fd=directory)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=directory)
+                raise
+            # Two names of one file: rename did nothing and left both (rename(2)).
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+        except OSError as e:
+            raise self._error(parts, e.strerror or str(e), e.errno) from e
+
+    def _error(self, parts: list[bytes], why: str, number: int | None = None) -> BangerError:
+        return BangerError(
+            "operation_failed",
+            f"{self._doing}: writing {format_name(b'/'.join(parts))}: {why}",
+            reason="disk_full" if number == errno.ENOSPC else None,
+        )
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

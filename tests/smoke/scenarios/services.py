@@ -1,0 +1,144 @@
+"""The two services: restarted, killed at every stage of a start, uninstalled."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.smoke import guests
+from tests.smoke.calls import (
+    CALL_S,
+    Caller,
+    banger,
+    expect,
+    host,
+    kill_and_wait,
+    main_pid,
+    units_active,
+    wait_until,
+)
+from tests.smoke.census import banger_processes, links, ruleset, take_census, vmm_processes
+from tests.smoke.registry import scenario
+
+_DAEMON, _HELPER = "bangerd.service", "bangerd-root.service"
+# Stages of a start, as the command shows them; `reserve` and `plan` acquire nothing on the host.
+_STAGES = ("disks", "lease", "handles", "launch", "ready")
+# Each row is what `uninstall --purge` may not leave.
+_INSTALLED = (
+    "/usr/local/lib/banger", "/usr/local/bin/banger", "/usr/local/bin/bangerd", "/etc/banger",
+    "/var/lib/banger", "/var/lib/banger-root", "/var/cache/banger", "/run/banger",
+    "/run/banger-root", "/etc/systemd/system/bangerd.service",
+    "/etc/systemd/system/bangerd-root.service", "/etc/systemd/system/banger.slice",
+)  # fmt: skip
+
+
+@scenario("global", "both services restarted, then both killed: same boot id, guest at work")
+def service_restart() -> None:
+    with guests.vm("survivor") as vm:
+        boot_id, pid = guests.boot_id(vm), guests.vmm_pid(vm)
+        count = "i=0; while :; do i=$((i+1)); echo $i > /root/count; sleep 0.2; done"
+        banger("vm", "exec", vm, "--", "sh", "-c", f"setsid sh -c '{count}' >/dev/null 2>&1 &")
+        for what in ("restarted", "killed"):
+            before = _count(vm)
+            if what == "restarted":
+                host("systemctl", "restart", _HELPER, _DAEMON)
+            else:
+                for unit in (_DAEMON, _HELPER):
+                    kill_and_wait(main_pid(unit))
+                wait_until(lambda: units_active(_DAEMON, _HELPER), "both services to be back")
+            expect(banger.vm_names() == [vm], f"{what}: the list is wrong")
+            expect(guests.show(vm)["state"] == "running", f"{what}: the VM does not run")
+            expect(guests.boot_id(vm) == boot_id, f"{what}: the guest booted again")
+            expect(list(vmm_processes()) == [pid], f"{what}: VMMs are {vmm_processes()}")
+            expect(_count(vm) > before, f"{what}: the guest's process does not go on")
+        # A lease that outlived both can be given back, and a new VM gets one.
+        banger("vm", "restart", vm)
+        expect(guests.boot_id(vm) != boot_id, "restart did not boot again")
+
+
+def _count(vm: str) -> int:
+    return int(banger("vm", "exec", vm, "--", "cat", "/root/count") or 0)
+
+
+@scenario("global", "the daemon killed at each stage of a start: nothing is left over afterwards")
+def crash_census() -> None:
+    before = take_census()
+    for stage in _STAGES:
+        process = banger.banger_started(
+            "vm", "create", "--name", f"crash-{stage}",
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        with process.stderr as lines:
+            reached = any(line.startswith(f"{stage}: ") for line in lines)
+            expect(reached, f"the start did not come to the stage {stage}")
+            kill_and_wait(main_pid(_DAEMON))
+            print(f"{stage}: {lines.read()}")
+        expect(process.wait(CALL_S) == 1, f"{stage}: the command's status is {process.returncode}")
+        wait_until(lambda: units_active(_DAEMON), "the daemon to be back")
+        expect(banger.vm_names() == [], f"{stage}: a VM that nobody was told of is left")
+        wait_until(lambda: not take_census() - before, f"{stage}: nothing to be left over", 60)
+
+
+@scenario("global", "one VM in user mode as root beside the installed one; nothing of it stays")
+def user_mode() -> None:
+    root = Path("/var/lib/smoke-user")
+    extra = {
+        "BANGER_MODE": "user",
+        "XDG_STATE_HOME": str(root / "state"),
+        "XDG_CACHE_HOME": str(root / "cache"),
+        "XDG_CONFIG_HOME": str(root / "config"),
+        "XDG_RUNTIME_DIR": str(root / "run"),
+    }
+    user = Caller(user="root", program=banger.program, extra=extra)
+    state = root / "state" / "banger"
+    for directory in (state, root / "cache", root / "config" / "banger", root / "run"):
+        directory.mkdir(parents=True, mode=0o700)
+    for part in ("bin", "kernels", "images"):
+        host("cp", "-a", f"/var/lib/banger/{part}", str(state))
+    host("chown", "-R", "root:root", str(state))
+    config = Path("/etc/banger/config.toml").read_text()
+    (root / "config" / "banger" / "config.toml").write_text(
+        'bridge_name = "br-fc-user"\nbridge_ip = "172.31.77.1"\n'
+        f'dns_listen_addr = "127.0.0.1:42070"\n{config}'
+    )
+    try:
+        out = user("vm", "run", "--name", "user", "--", "sh", "-c", "hostname; exit 3", status=3)
+        expect(out == "user\n", f"stdout is {out!r}")
+        expect(user.json("vm", "show", "user")["vmm"] == "firecracker", "not firecracker")
+        expect(banger.vm_names() == [], "the installed daemon sees a VM of user mode")
+        expect(user.vm_names() == ["user"], "user mode does not list its VM")
+        kill_and_wait(int(user.json("daemon", "status", "--json")["pid"]))
+        user("vm", "exec", "user", "--", "true")
+        user("vm", "delete", "user")
+    finally:
+        user.done("daemon", "stop")
+        host("ip", "link", "delete", "br-fc-user", status=None)
+        host("rm", "-rf", str(root))
+
+
+@scenario("global", "refused while a VM runs; --purge leaves the user's own files only",
+          final=True)  # fmt: skip
+def uninstall() -> None:
+    root = Caller(user="root", program=banger.program)
+    own = banger.home / ".config" / "banger" / "config.toml"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text('log_level = "info"\n')
+    guests.create("last")
+    key = banger.home / ".local" / "state" / "banger" / "ssh" / "id_ed25519"
+    expect(key.is_file(), f"{key} is missing")
+    root.refused("system", "uninstall", because="VM last run")
+    expect(guests.show("last")["state"] == "running", "the refusal stopped the VM")
+    out = root("system", "uninstall", "--purge", "--force")
+    expect(str(own.parent) in out, f"it does not tell what stays: {out!r}")
+    left = [path for path in _INSTALLED if Path(path).exists()]
+    expect(not left, f"left: {left}")
+    expect(own.is_file() and key.is_file(), "the user's own files are gone")
+    expect(not vmm_processes() and not list(banger_processes()), "processes are left")
+    expect(not [link for link in links() if "-fc" in link or "tap-" in link], "links are left")
+    expect(host("ip", "link", "show", "br-fc", status=None) == "", "the bridge is left")
+    tables = [entry["table"]["name"] for entry in ruleset() if "table" in entry]
+    expect("banger" not in tables, f"nftables has {tables}")
+    units = host("systemctl", "list-units", "--all", "--plain", "--no-legend", "banger*").strip()
+    expect(not units, f"systemd still knows {units}")
+    expect("~vm" not in host("resolvectl", "domain"), "the resolver still routes .vm")

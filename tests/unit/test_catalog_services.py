@@ -1,0 +1,552 @@
+"""The catalog's order (here, bundle, own source); images and kernels out of the user's files."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger.api import catalog as c
+from banger.api import params as p
+from banger.api.records import ImageRecord, KernelRecord
+from banger.catalog.index import IndexEntry, bundle_name, publish_index, with_entry
+from banger.config.paths import Paths
+from banger.config.settings import Settings
+from banger.daemon import catalog, given, stored
+from banger.daemon import container_images as containers
+from banger.disk.cpio import read_members
+from banger.errors import BangerError
+from banger.files import sha256_file
+from banger.image import build
+from banger.image.entries import check_image_files, find_image, list_images, verify_image
+from banger.image.published import export_image
+from banger.kernel import given as kernel_given
+from banger.kernel import published as kernel_published
+from banger.kernel import pull as kernel_pull
+from banger.kernel.base_initrd import build_module_members, write_base_initrd
+from banger.kernel.entries import find_kernel, list_kernels, verify_kernel
+from banger.kernel.published import export_kernel
+from banger.kernel.requirements import BOOT_MODULES
+from banger.progress import Silent
+from fakes.signing import make_key
+from fakes.web import Web, serving
+
+pytestmark = pytest.mark.asyncio
+
+KEY = make_key(bytes(range(32)))
+ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, 62) + bytes(64)
+VMLINUX = ELF + b"Linux version 6.12.9-test (somebody) #1\n\0"
+SQUASHFS = b"hsqs" + b"a root filesystem" * 5000
+EXT4 = bytes(1024 + 0x38) + b"\x53\xef" + b"\1" * 4000
+CATALOG_KERNEL = "debian-6.12-cloud"
+CATALOG_IMAGE = "debian-bookworm-minimal"
+
+needs_tools = pytest.mark.skipif(
+    any(
+        shutil.which(t, path="/usr/sbin:/sbin:/usr/bin:/bin") is None
+        for t in ("sqfstar", "unsquashfs", "depmod")
+    ),
+    reason="squashfs-tools or kmod is not installed",
+)
+
+
+class Report(Silent):
+    """What a user would read."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+    def stage(self, stage: str, label: str, detail: str = "") -> None:
+        self.lines.append(label)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+class Place:
+    """Two installations and a web server between them: one publishes, one pulls."""
+
+    def __init__(self, root: Path, web: Web) -> None:
+        self.root, self.web = root, web
+        self.report = Report()
+        self.publisher = self.paths("publisher")
+        self.vms: list[Any] = []
+        self.daemon = self.client()
+
+    def paths(self, name: str) -> Paths:
+        return Paths(
+            state=self.root / name / "state", cache=self.root / name / "cache",
+            runtime=self.root / name / "run", config_file=self.root / name / "config.toml",
+        )  # fmt: skip
+
+    def client(self, *, index: bool = True) -> Any:
+        configured: dict[str, Any] = {}
+        if index:
+            configured = {
+                "index_url": f"{self.web.url}/index.json",
+                "index_keys": (str(KEY.public),),
+            }
+        return SimpleNamespace(
+            paths=self.paths("client"),
+            settings=Settings(disk_reserve="1M", **configured),
+            store=SimpleNamespace(list=lambda: self.vms),
+        )
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    async def register(self, daemon: Any = None, **changes: Any) -> ImageRecord:
+        fields: dict[str, Any] = {
+            "name": "mine", "rootfs": str(self.file("root.sqfs", SQUASHFS)),
+            "kernel_ref": CATALOG_KERNEL,
+        }  # fmt: skip
+        params = c.RegisterImage(**{**fields, **changes})
+        return await given.image_register(daemon or self.daemon, self.report, params)  # type: ignore[arg-type]
+
+    async def publish(self, *entries: IndexEntry) -> None:
+        index = None
+        for entry in entries:
+            index = with_entry(index, entry)
+        assert index is not None
+        publish_index(self.web.root / "index.json", index, KEY)
+
+    def bundle(self, content: bytes, done: c.Exported) -> IndexEntry:
+        new = self.file("www/new", content)
+        sha256 = sha256_file(new)
+        file = bundle_name(done.name, done.arch, sha256)
+        new.rename(new.with_name(file))
+        return IndexEntry(
+            **msgspec.structs.asdict(done), file=file, sha256=sha256, size_bytes=len(content)
+        )
+
+    async def publish_image(self, name: str = "mine", content: bytes = SQUASHFS) -> IndexEntry:
+        publisher = SimpleNamespace(**{**vars(self.daemon), "paths": self.publisher})
+        root = self.file(f"published/{name}", content)
+        await self.register(publisher, name=name, rootfs=str(root))
+        out = io.BytesIO()
+        done = await export_image(self.publisher, name, write=out.write, reporter=Silent())
+        entry = self.bundle(out.getvalue(), done)
+        await self.publish(entry)
+        return entry
+
+    def left_behind(self) -> list[str]:
+        return [
+            path.name
+            for directory in (self.daemon.paths.images, self.daemon.paths.kernels)
+            if directory.exists()
+            for path in directory.iterdir()
+            if path.name.startswith(".") and not path.name.endswith(".lock")
+        ]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    agent = tmp_path / "agent"
+    agent.write_bytes(b"agent")
+    for module in (kernel_pull, kernel_given, kernel_published):
+        monkeypatch.setattr(module, "agent_binary", lambda arch: agent)
+    (tmp_path / "www").mkdir()
+    with serving(tmp_path / "www") as web:
+        yield Place(tmp_path, web)
+
+
+@pytest.fixture
+def built(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recipes that were built here; nothing is built for real."""
+    names: list[str] = []
+
+    async def record(paths: Paths, name: str, **_: Any) -> str:
+        names.append(name)
+        return f"built {name}"
+
+    async def never(*_: Any) -> None:
+        return
+
+    monkeypatch.setattr(build, "ensure_image", record)
+    monkeypatch.setattr(catalog.confinement, "refuse_build", never)
+    return names
+
+
+# --- the order ------------------------------------------------------------------------------------
+
+
+async def test_an_image_that_is_published_comes_as_its_bundle(
+    place: Place, built: list[str]
+) -> None:
+    entry = await place.publish_image()
+    image = await catalog.obtain_image(place.daemon, "mine", place.report)
+    assert (image.name, image.distro, image.kernel_ref, image.managed) == (
+        "mine", "linux", CATALOG_KERNEL, True,
+    )  # fmt: skip
+    assert Path(image.rootfs_path).read_bytes() == SQUASHFS
+    assert verify_image(place.daemon.paths, "mine") == ()
+    check_image_files(place.daemon.paths, image)
+    host = place.web.url.removeprefix("http://")
+    assert place.report.lines[1] == f"image mine: its bundle from {host}, index version 1"
+    assert (place.report.warnings, built, place.left_behind()) == ([], [], [])
+    assert [f for f in place.web.asked if f.startswith("mine")] == [entry.file]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda place: place.web.missing.add("index.json"), "no such file"),
+        (lambda place: place.web.replaced.update({"index.json": b"{}"}), "signature"),
+        (lambda place: place.web.statuses.extend([403] * 9), "status 403"),
+        (
+            lambda place: place.web.replaced.update(
+                {p.name: b"x" * p.stat().st_size for p in place.web.root.glob("*.zst")}
+            ),
+            "sha256",
+        ),
+    ],
+    ids=["no index", "another index", "refused", "another bundle"],
+)
+async def test_without_a_bundle_the_recipe_is_built_and_the_reason_is_told(
+    place: Place, built: list[str], damage: Callable[[Place], Any], words: str
+) -> None:
+    await place.publish_image(CATALOG_IMAGE)
+    damage(place)
+    await catalog.obtain_image(place.daemon, CATALOG_IMAGE, place.report)
+    assert built == [CATALOG_IMAGE]
+    assert words in place.report.warnings[0]
+    assert "from its recipe" in place.report.lines[-1]
+    assert place.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("index", "why"), [(False, "no index_url is configured"), (True, "the index has no bundle")]
+)
+async def test_one_line_says_why_a_recipe_is_built(
+    place: Place, built: list[str], index: bool, why: str
+) -> None:
+    await place.publish_image("another")
+    daemon = place.client(index=index)
+    await catalog.obtain_image(daemon, CATALOG_IMAGE, place.report)
+    assert why in place.report.lines[-1]
+    assert place.report.warnings == []
+    assert built == [CATALOG_IMAGE]
+
+
+async def test_what_is_nowhere_is_not_found_only_when_the_index_was_read(place: Place) -> None:
+    await place.publish_image("mine")
+    with pytest.raises(BangerError, match="did you mean 'mine'") as caught:
+        await catalog.obtain_image(place.daemon, "mime", place.report)
+    assert caught.value.code == "not_found"
+    place.web.missing.add("index.json.minisig")
+    with pytest.raises(BangerError, match="minisig: there is no such file"):
+        await catalog.obtain_image(place.daemon, "mime", place.report)
+
+
+async def test_pull_of_a_catalog_name_goes_before_references(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def pull(*_: Any) -> str:
+        return "reference"
+
+    monkeypatch.setattr(containers, "image_pull", pull)
+    await place.publish_image("mine")
+
+    async def pull_it(**words: Any) -> Any:
+        params = p.PullImage(**words)
+        return await catalog.image_pull(place.daemon, place.report, params)  # type: ignore[arg-type]
+
+    first = await pull_it(reference="mine")
+    assert first.name == "mine"
+    assert (await pull_it(reference="mine")).id == first.id
+    assert place.report.lines[-1] == "image mine: it is here already"
+    assert (await pull_it(reference="mine", name="other")).name == "other"
+    assert (await pull_it(reference="mine", force=True)).id != first.id
+    assert await pull_it(reference="unknown") == "reference"
+    assert await pull_it(reference="mine:1.0") == "reference"
+    with pytest.raises(BangerError, match="names its kernel itself"):
+        await pull_it(reference="mine", kernel_ref="k")
+    place.vms = [
+        SimpleNamespace(name="web", image_id=i.id) for i in list_images(place.daemon.paths)
+    ]
+    with pytest.raises(BangerError, match="used by web"):
+        await pull_it(reference="mine", force=True)
+
+
+async def test_two_pulls_of_one_bundle_download_it_once(place: Place) -> None:
+    entry = await place.publish_image()
+    one, two = await asyncio.gather(
+        *(catalog.obtain_image(place.daemon, "mine", Report()) for _ in range(2))
+    )
+    assert one == two
+    assert [f for f in place.web.asked if f == entry.file] == [entry.file]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"distro": "x"}, {"kernel_ref": "x"}, {"name": "x"}],
+    ids=str,
+)
+async def test_a_bundle_whose_manifest_contradicts_the_index_is_refused(
+    place: Place, changes: dict[str, str]
+) -> None:
+    entry = await place.publish_image()
+    moved = bundle_name(changes.get("name", entry.name), entry.arch, entry.sha256)
+    (place.web.root / entry.file).rename(place.web.root / moved)
+    entry = msgspec.structs.replace(entry, file=moved, **changes)
+    await place.publish(entry)
+    with pytest.raises(BangerError, match="something else than the index") as caught:
+        await catalog.obtain_image(place.daemon, entry.name, place.report)
+    assert caught.value.reason == "bad_bundle"
+    assert (list_images(place.daemon.paths), place.left_behind()) == ((), [])
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"manifest.json": b"{}"},
+        {"manifest.json": b"not json", "rootfs.sqfs": SQUASHFS},
+        {"manifest.json": b'{"name":"mine","rootfs_file":"/etc/passwd"}', "rootfs.sqfs": SQUASHFS},
+        {"rootfs.sqfs": SQUASHFS},
+        {"vmlinux": VMLINUX, "manifest.json": b"{}"},
+    ],
+    ids=["no root", "no manifest", "a path", "nothing but a root", "a kernel"],
+)
+async def test_a_bundle_without_its_parts_is_refused(
+    place: Place, members: dict[str, Path | bytes]
+) -> None:
+    from banger.catalog.bundle import write_bundle
+
+    out = io.BytesIO()
+    write_bundle(out.write, members, advance=lambda _: None)
+    done = c.Exported(kind="image", name="mine", distro="x", arch="amd64", kernel_ref="k")
+    await place.publish(place.bundle(out.getvalue(), done))
+    with pytest.raises(BangerError) as caught:
+        await catalog.obtain_image(place.daemon, "mine", place.report)
+    assert caught.value.reason == "bad_bundle"
+    assert (list_images(place.daemon.paths), place.left_behind()) == ((), [])
+
+
+# --- register, promote, delete --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(SQUASHFS, "rootfs.sqfs"), (EXT4, "rootfs.ext4")],
+    ids=["squashfs", "ext4"],
+)
+async def test_a_registered_file_is_used_in_place_until_it_is_promoted(
+    place: Place, content: bytes, name: str
+) -> None:
+    file = place.file("root", content)
+    image = await place.register(rootfs=str(file))
+    assert (image.rootfs_path, image.managed, file.read_bytes()) == (str(file), False, content)
+    promoted = await given.image_promote(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert (promoted.id, promoted.managed) == (image.id, True)
+    assert Path(promoted.rootfs_path).name == name
+    file.unlink()
+    assert verify_image(place.daemon.paths, "mine") == ()
+    again = await given.image_promote(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert again == promoted
+
+
+async def test_deleting_a_registered_image_leaves_the_users_file(place: Place) -> None:
+    image = await place.register()
+    await stored.image_delete(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert find_image(place.daemon.paths, "mine") is None
+    assert Path(image.rootfs_path).read_bytes() == SQUASHFS
+
+
+async def test_a_registered_file_that_was_changed_is_not_promoted(place: Place) -> None:
+    image = await place.register()
+    Path(image.rootfs_path).write_bytes(SQUASHFS[:-1] + b"!")
+    with pytest.raises(BangerError, match="is not what was registered") as caught:
+        await given.image_promote(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert caught.value.reason == "files_changed"
+    assert [f.name for f in (place.daemon.paths.images / image.id).iterdir()] == ["manifest.json"]
+
+
+async def test_an_image_that_a_vm_uses_is_not_deleted(place: Place) -> None:
+    image = await place.register()
+    place.vms = [SimpleNamespace(name="web", image_id=image.id)]
+    with pytest.raises(BangerError, match="used by web"):
+        await stored.image_delete(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rootfs": "root.sqfs"}, "must be absolute"),
+        ({"rootfs": "/nowhere/root"}, "no such file"),
+        ({"rootfs": "/etc/passwd"}, "neither squashfs nor ext4"),
+        ({"kernel_ref": None}, "it takes a kernel"),
+        ({"kernel": "/vmlinux"}, "excludes"),
+        ({"kernel_ref": None, "kernel": "vmlinux"}, "must be absolute"),
+        ({"kernel_ref": None, "kernel": "/v", "initrd": "/i", "modules": "/m"}, "exclude each"),
+        ({"kernel_ref": "nobody-knows-it"}, "no kernel 'nobody-knows-it'"),
+        ({"name": "../x"}, "not allowed"),
+    ],
+)
+async def test_what_cannot_be_registered_is_refused_by_its_reason(
+    place: Place, changes: dict[str, Any], words: str
+) -> None:
+    place.daemon = place.client(index=False)
+    with pytest.raises(BangerError, match=words):
+        await place.register(**changes)
+    assert list_images(place.daemon.paths) == ()
+
+
+async def test_a_name_is_registered_once(place: Place) -> None:
+    await place.register()
+    with pytest.raises(BangerError) as caught:
+        await place.register()
+    assert caught.value.code == "already_exists"
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+def kernel_directory(root: Path, *, modules: bool = True) -> Path:
+    """What a user might have: a compressed module, and links to the sources."""
+    import lzma
+
+    directory = root / "given"
+    (directory / "modules" / "kernel" / "fs").mkdir(parents=True)
+    (directory / "vmlinux").write_bytes(VMLINUX)
+    source = root / "empty.c"
+    source.write_text('__attribute__((section(".modinfo"))) char v[] = "license=GPL";\n')
+    subprocess.run(["gcc", "-c", str(source), "-o", str(root / "empty.o")], check=True)
+    module = (root / "empty.o").read_bytes()
+    (directory / "modules/kernel/fs/overlay.ko.xz").write_bytes(lzma.compress(module))
+    built_in = [f"kernel/x/{name}.ko\n" for name in BOOT_MODULES if name != "overlay"]
+    (directory / "modules/modules.builtin").write_text("".join(built_in))
+    (directory / "modules/build").symlink_to("/usr/src/somewhere")
+    if not modules:
+        shutil.rmtree(directory / "modules")
+    return directory
+
+
+async def import_kernel(place: Place, directory: Path, **changes: Any) -> KernelRecord:
+    params = c.ImportKernel(name="own", directory=str(directory), distro="debian")
+    params = msgspec.structs.replace(params, **changes)
+    return await given.kernel_import(place.daemon, place.report, params)  # type: ignore[arg-type]
+
+
+@needs_tools
+async def test_an_imported_kernel_is_complete_and_travels_as_a_bundle(
+    place: Place, tmp_path: Path
+) -> None:
+    directory = kernel_directory(tmp_path)
+    kernel = await import_kernel(place, directory)
+    assert (kernel.release, kernel.source) == ("6.12.9-test", f"import:{directory}")
+    assert verify_kernel(place.daemon.paths, "own") == ()
+    with Path(kernel.initrd).open("rb") as f:
+        members = {m.name: m for m in read_members(f)}
+    assert "banger/ko/overlay.ko" in members
+    assert "config" in place.report.warnings[0]
+    listed = subprocess.run(
+        ["unsquashfs", "-lc", kernel.modules], capture_output=True, check=True, text=True
+    ).stdout
+    assert "squashfs-root/kernel/fs/overlay.ko\n" in listed
+    assert "build" not in listed.replace("builtin", "")
+
+    out = io.BytesIO()
+    done = await export_kernel(place.daemon.paths, "own", write=out.write, reporter=Silent())
+    await place.publish(place.bundle(out.getvalue(), done))
+    place.daemon.paths = place.paths("second")
+    pulled = await catalog.obtain_kernel(place.daemon, "own", place.report)
+    assert verify_kernel(place.daemon.paths, "own") == ()
+    assert Path(pulled.initrd).read_bytes() == Path(kernel.initrd).read_bytes()
+    assert pulled.source.startswith("bundle:own-amd64-")
+    assert (pulled.release, pulled.agent_version) == (kernel.release, kernel.agent_version)
+    assert place.left_behind() == []
+    rows = await catalog.kernel_catalog(place.daemon, place.report, p.Empty())  # type: ignore[arg-type]
+    own = next(k for k in rows.kernels if k.name == "own")
+    assert (own.pulled, own.size_bytes) == (True, len(out.getvalue()))
+    other = next(k for k in rows.kernels if k.name == CATALOG_KERNEL)
+    assert (other.pulled, other.source.startswith("apt: ")) == (False, True)
+
+
+def lead_out(directory: Path) -> None:
+    outside = directory.parent / "outside"
+    outside.write_bytes(VMLINUX)
+    (directory / "vmlinux").unlink()
+    (directory / "vmlinux").symlink_to(outside)
+
+
+def lead_out_of_modules(directory: Path) -> None:
+    (directory / "modules/kernel/secret.ko").symlink_to("/etc/passwd")
+
+
+def link_directory(directory: Path) -> None:
+    (directory / "modules/kernel/more").symlink_to("/etc")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lead_out, "leads out of"),
+        (lead_out_of_modules, "leads out of"),
+        (link_directory, "link to a directory"),
+        (lambda d: (d / "vmlinux").unlink(), "neither vmlinux nor vmlinuz"),
+        (lambda d: (d / "vmlinux").write_bytes(ELF), "no Linux banner"),
+        (lambda d: (d / "vmlinux").write_bytes(b"MZ" + bytes(5000)), "neither an ELF"),
+        (lambda d: (d / "config").write_text("CONFIG_PCI=y\n"), "lacks CONFIG_ACPI=y"),
+        (lambda d: shutil.rmtree(d / "modules/kernel"), "needs to boot"),
+    ],
+    ids=[
+        "kernel link", "module link", "directory link", "no kernel", "no version", "no ELF",
+        "config", "no module",
+    ],
+)  # fmt: skip
+@needs_tools
+async def test_a_directory_that_is_no_kernel_for_guests_is_refused(
+    place: Place, tmp_path: Path, change: Callable[[Path], Any], words: str
+) -> None:
+    directory = kernel_directory(tmp_path)
+    change(directory)
+    with pytest.raises(BangerError, match=words):
+        await import_kernel(place, directory)
+    assert (list_kernels(place.daemon.paths), place.left_behind()) == ((), [])
+
+
+@needs_tools
+async def test_a_kernel_that_is_here_is_imported_again_only_by_force(
+    place: Place, tmp_path: Path
+) -> None:
+    directory = kernel_directory(tmp_path, modules=False)
+    (directory / "vmlinuz").symlink_to("vmlinux")  # a link within it is fine
+    await import_kernel(place, directory)
+    with pytest.raises(BangerError) as caught:
+        await import_kernel(place, directory)
+    assert caught.value.code == "already_exists"
+    await import_kernel(place, directory, force=True)
+
+
+@needs_tools
+async def test_the_kernel_of_a_registered_image_goes_with_it(place: Place, tmp_path: Path) -> None:
+    kernel = place.file("vm/vmlinux", VMLINUX)
+    initrd = tmp_path / "base.img"
+    write_base_initrd(initrd, agent=kernel, modules=build_module_members({"a.ko": b"A"}))
+    image = await place.register(kernel_ref=None, kernel=str(kernel), initrd=str(initrd))
+    assert image.kernel_ref == "mine-kernel"
+    assert find_kernel(place.daemon.paths, "mine-kernel") is not None
+    await stored.image_delete(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert list_kernels(place.daemon.paths) == ()
+
+
+@needs_tools
+async def test_a_distributions_initrd_is_refused_with_what_to_give_instead(place: Place) -> None:
+    kernel = place.file("vm/vmlinux", VMLINUX)
+    initrd = place.file("vm/initrd.img", b"070701" + b"0" * 104)
+    with pytest.raises(BangerError, match="--modules DIR"):
+        await place.register(kernel_ref=None, kernel=str(kernel), initrd=str(initrd))
+    assert (list_kernels(place.daemon.paths), list_images(place.daemon.paths)) == ((), ())

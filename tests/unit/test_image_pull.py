@@ -1,0 +1,221 @@
+"""Pulls from a reference to a stored image: names, repetition, cancellation, what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.config.paths import Paths
+from banger.errors import BangerError
+from banger.image import find_image, list_images, verify_image
+from banger.image.cache import prune_cache
+from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
+from banger.progress import Silent
+from fakes.registry import FakeRegistry, fake_registry
+from oci_kit import Entry, build_image, directory, layer_tar, write_archive, write_layout
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.skipif(shutil.which("sqfstar") is None, reason="sqfstar is not installed"),
+]
+
+CONFIG = {
+    "User": "app:web",
+    "Env": ["PATH=/opt/bin"],
+    "WorkingDir": "/srv",
+    "Entrypoint": ["/run.sh"],
+    "Cmd": ["serve"],
+    "StopSignal": "SIGQUIT",
+    "Volumes": {"/data": {}},
+}
+ENTRIES = [directory("etc"), Entry("etc/os-release", content=b"ID=alpine\n")]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    return Paths(
+        state=tmp_path / "state",
+        cache=tmp_path / "cache",
+        runtime=tmp_path / "run",
+        config_file=tmp_path / "config.toml",
+    )
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with fake_registry() as fake:
+        yield fake
+
+
+def archive(root: Path, content: bytes = b"1", name: str = "app.tar") -> str:
+    layers = [layer_tar(ENTRIES), layer_tar([Entry("new", content=content)])]
+    layout = write_layout(root / os.urandom(4).hex(), build_image(layers, config=CONFIG))
+    return f"oci-archive:{write_archive(root / name, layout)}"
+
+
+def plan(reference: str, *, name: str | None = None, replace: bool = False) -> PullPlan:
+    return plan_pull(
+        reference,
+        default_registry="registry.invalid",
+        kernel_ref="k",
+        name=name,
+        replace=replace,
+        reserve_bytes=0,
+    )
+
+
+def left_over(paths: Paths) -> list[str]:
+    return [
+        p.name
+        for p in [*paths.images.glob(".*"), *paths.cache.glob("oci/fetch/*.part")]
+        if not p.name.endswith(".lock")
+    ]
+
+
+async def test_an_archive_becomes_an_image_with_its_configuration(
+    paths: Paths, tmp_path: Path
+) -> None:
+    reference = archive(tmp_path)
+    image = await pull_image(paths, plan(reference), reporter=Silent())
+    assert (image.name, image.distro, image.kernel_ref, image.managed) == (
+        "app",
+        "alpine",
+        "k",
+        True,
+    )
+    assert image.oci is not None
+    assert (image.oci.user, image.oci.env) == ("app:web", ("PATH=/opt/bin",))
+    assert (image.oci.entrypoint, image.oci.cmd) == (("/run.sh",), ("serve",))
+    assert (image.oci.workdir, image.oci.stop_signal) == ("/srv", "SIGQUIT")
+    assert image.oci.volumes == ("/data",)
+    assert image.oci.reference == reference
+    assert verify_image(paths, "app") == ()
+    assert left_over(paths) == []
+
+
+async def test_the_same_layers_make_the_same_bytes(paths: Paths, tmp_path: Path) -> None:
+    reference = archive(tmp_path)
+    one = await pull_image(paths, plan(reference, name="one"), reporter=Silent())
+    two = await pull_image(paths, plan(reference, name="two"), reporter=Silent())
+    assert one.rootfs_sha256 == two.rootfs_sha256
+
+
+async def test_a_second_pull_of_an_unchanged_image_asks_once_and_keeps_it(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    registry.add(build_image([layer_tar(ENTRIES)]), "v1")
+    wanted = plan(f"{registry.host}/team/app:v1")
+    first = await pull_image(paths, wanted, reporter=Silent())
+    registry.asked.clear()
+    second = await pull_image(paths, wanted, reporter=Silent())
+    assert second == first
+    assert [a.method for a in registry.asked] == ["HEAD"]
+    assert find_pulled(paths, wanted) == first
+
+
+async def test_a_tag_that_has_moved_is_said_and_replaced_on_request(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    reference = f"{registry.host}/team/app:v1"
+    registry.add(build_image([layer_tar(ENTRIES)]), "v1")
+    first = await pull_image(paths, plan(reference), reporter=Silent())
+    registry.add(build_image([layer_tar([*ENTRIES, Entry("more")])]), "v1")
+    with pytest.raises(BangerError, match="older") as caught:
+        await pull_image(paths, plan(reference), reporter=Silent())
+    assert caught.value.hint == f"banger image pull --force {reference}"
+    second = await pull_image(paths, plan(reference, replace=True), reporter=Silent())
+    assert (second.name, second.id != first.id) == ("app-v1", True)
+    assert [i.id for i in list_images(paths)] == [second.id]
+    assert left_over(paths) == []
+
+
+async def test_a_name_of_another_image_is_refused_with_a_way_out(
+    paths: Paths, tmp_path: Path
+) -> None:
+    await pull_image(paths, plan(archive(tmp_path)), reporter=Silent())
+    (tmp_path / "b").mkdir()
+    with pytest.raises(BangerError) as caught:
+        await pull_image(paths, plan(archive(tmp_path / "b")), reporter=Silent())
+    assert caught.value.code == "already_exists"
+    assert "--name" in (caught.value.hint or "")
+
+
+async def test_two_pulls_of_one_image_at_once_do_the_work_once(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    image = build_image([layer_tar(ENTRIES)])
+    registry.add(image, "v1")
+    wanted = plan(f"{registry.host}/team/app:v1")
+    both = await asyncio.gather(*(pull_image(paths, wanted, reporter=Silent()) for _ in range(2)))
+    assert both[0] == both[1]
+    assert registry.count(f"/blobs/{image.layers[0]}") == 1
+
+
+async def test_a_cancelled_pull_leaves_nothing(paths: Paths, registry: FakeRegistry) -> None:
+    registry.add(build_image([layer_tar([Entry("big", content=os.urandom(1 << 20))])]), "v1")
+    registry.hold = threading.Event()
+    task = asyncio.create_task(
+        pull_image(paths, plan(f"{registry.host}/team/app:v1"), reporter=Silent())
+    )
+    assert await asyncio.to_thread(registry.holding.wait, 15)
+    task.cancel()
+    # At once: the minute that a silent server gets is longer than this test may take.
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list_images(paths) == ()
+    assert left_over(paths) == []
+
+
+async def test_a_bad_image_leaves_nothing(paths: Paths, registry: FakeRegistry) -> None:
+    registry.add(build_image([layer_tar(ENTRIES), layer_tar([Entry("../x")])]), "v1")
+    with pytest.raises(BangerError) as caught:
+        await pull_image(paths, plan(f"{registry.host}/team/app:v1"), reporter=Silent())
+    assert caught.value.reason == "bad_image"
+    assert find_image(paths, "app-v1") is None
+    assert left_over(paths) == []
+
+
+async def test_damage_in_the_cache_is_mended_by_the_pull_itself(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    image = build_image([layer_tar(ENTRIES)])
+    registry.add(image, "v1")
+    reference = f"{registry.host}/team/app:v1"
+    await pull_image(paths, plan(reference), reporter=Silent())
+    blob = paths.oci_blobs / image.layers[0].removeprefix("sha256:")
+    data = bytearray(blob.read_bytes())
+    data[20] ^= 1
+    blob.write_bytes(data)
+    await pull_image(paths, plan(reference, name="again"), reporter=Silent())
+
+
+async def test_pruning_counts_then_frees_and_stored_images_stay(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    assert (await prune_cache(paths, dry_run=False)).blobs == 0
+    registry.add(build_image([layer_tar(ENTRIES)]), "v1")
+    await pull_image(paths, plan(f"{registry.host}/team/app:v1"), reporter=Silent())
+    counted = await prune_cache(paths, dry_run=True)
+    freed = await prune_cache(paths, dry_run=False)
+    assert (counted.blobs, counted.bytes) == (freed.blobs, freed.bytes)
+    assert (counted.blobs, counted.bytes > 100) == (2, True)
+    assert (await prune_cache(paths, dry_run=True)).blobs == 0
+    assert verify_image(paths, "app-v1") == ()
+
+
+@pytest.mark.parametrize(
+    ("reference", "platform"),
+    [("a b", "linux/amd64"), ("a", "linux/arm64"), ("oci-archive:x.tar", "linux/amd64")],
+)
+async def test_what_cannot_be_pulled_is_refused_before_anything(
+    reference: str, platform: str
+) -> None:
+    with pytest.raises(BangerError) as caught:
+        plan_pull(reference, default_registry="registry.invalid", kernel_ref="k", platform=platform)
+    assert caught.value.code == "bad_request"

@@ -1,0 +1,59 @@
+"""The guest's index and refs, read without git, as git on the host reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from banger.errors import BangerError
+from banger.workspace.guest_git import fetch_refs, fetch_tracked, parse_index
+from fakes.guest_files import guest_host
+from workspace_kit import commit, git, head, make_repository, write
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("form", ["sha1", "sha256"])
+def test_names_and_flags_of_an_index_are_those_that_git_lists(
+    version: int, form: str, tmp_path: Path
+) -> None:
+    repository = make_repository(tmp_path / "r", f"--object-format={form}")
+    for name in (b"a", b"a/b".replace(b"/", b"-"), b"dir/x", b"dir/xy\xff\n", b"l" * 200, b"z"):
+        write(repository, name)
+    git(repository, "add", "-A")
+    git(repository, "update-index", "--index-version", str(version))
+    if version > 2:
+        git(repository, "update-index", "--skip-worktree", "dir/x", "z")
+    index = (repository / ".git/index").read_bytes()
+    found = parse_index(index, form)
+    assert found.names == set(git(repository, "ls-files", "-z").split(b"\0")[:-1])
+    assert found.skipped == ({b"dir/x", b"z"} if version > 2 else set())
+
+
+def test_damaged_index_is_an_error(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "r")
+    write(repository, "file")
+    git(repository, "add", "-A")
+    index = (repository / ".git/index").read_bytes()
+    for spoiled in (b"", b"DIRC", index[:40], b"XXXX" + index[4:], index[:8] + b"\xff" * 4):
+        with pytest.raises(BangerError):
+            parse_index(spoiled, "sha1")
+
+
+def test_split_index_and_refs_are_read_from_the_guest(tmp_path: Path) -> None:
+    with guest_host(tmp_path) as guests:
+        copy = make_repository(guests.path())
+        write(copy, "one")
+        first = commit(copy)
+        git(copy, "branch", "packed")
+        git(copy, "pack-refs", "--all")
+        git(copy, "update-index", "--split-index")
+        write(copy, "two")
+        commit(copy)
+        tracked = fetch_tracked(guests.files, str(copy), "sha1")
+        assert tracked.names == {b"one", b"two"}
+        refs = fetch_refs(guests.files, str(copy))
+        assert refs.head == "ref: refs/heads/main"
+        assert refs.refs == {"refs/heads/main": head(copy), "refs/heads/packed": first}
+        assert refs.loose == {"refs/heads/main"}
+        assert refs.commit == head(copy)
