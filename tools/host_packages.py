@@ -76,6 +76,8 @@ TEST = (
     Need("make", "make", "make", "make"),
     Need("shellcheck", "shellcheck", "ShellCheck", "shellcheck"),
     Need("tmux", "tmux", "tmux", "tmux"),
+    Need("vim", "vim", "vim-enhanced", "vim"),
+    Need("less", "less", "less", "less"),
     Need("fakeroot", "fakeroot", "fakeroot", "fakeroot"),
     Need("cpio", "cpio", "cpio", "cpio"),
     Need("dig", "dnsutils", "bind-utils", "bind"),

@@ -95,7 +95,8 @@ def bring_in_and_back(ground: Ground, vm: str, runs: int) -> list[Figure]:
         ),
         Figure(
             key="prepare_again", title="prepare again, 10 of 10,000 files changed",
-            against="the first prepare", unit="s", aim=0.05, ours=again[-runs:], theirs=full, load=before,
+            against="the first prepare", unit="s", aim=0.05, ours=again[-runs:], theirs=full,
+            load=before,
         ),
         Figure(
             key="export", title="export of some 20 of 10,000 files",

@@ -27,10 +27,12 @@ ROOT = Path(__file__).parents[2]
 TOKEN = "a" * 64
 VM_ID = "a" * 32
 # Says that it is ready, and ends by any signal. A shell would not do: a signal that comes just
-# before it starts its next program is lost, there as on every terminal.
+# before it starts its next program is lost, there as on every terminal. Nor would Python's own
+# handler of SIGINT, which is not asked any more once the sleep has begun.
 WAITING = (
     sys.executable, "-I", "-S", "-c",
-    "import time; print('ready', flush=True); time.sleep(60)",
+    "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "print('ready', flush=True); time.sleep(60)",
 )  # fmt: skip
 
 

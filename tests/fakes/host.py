@@ -20,7 +20,6 @@ from banger.errors import BangerError
 from banger.files import remove_tree
 from banger.host.lease import (
     Bridge,
-    Bridge,
     BridgeStatus,
     HostStatus,
     LaunchPlan,

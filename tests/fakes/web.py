@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ class Web:
     ranges: bool = True
     announce: int | None = None
     """Content-Length, whatever there is."""
+    hold: threading.Event | None = None
+    """Bodies are held back in their middle until this is set."""
+    holding: threading.Event = field(default_factory=threading.Event)
     statuses: list[int] = field(default_factory=list)
     """Answers given first, one per request."""
 
@@ -50,14 +54,21 @@ class Web:
             request.send_response(200)
         length = len(data) if self.announce is None else self.announce
         request.send_header("Content-Length", str(length))
-        request.send_header("Connection", "close")
         request.end_headers()
-        request.wfile.write(data[: self.cut_after])
+        if self.hold is not None:
+            request.wfile.write(data[: len(data) // 2])
+            request.wfile.flush()
+            self.holding.set()
+            self.hold.wait(30)
+            data = data[len(data) // 2 :]
+        with contextlib.suppress(OSError):  # whoever was held may have gone
+            request.wfile.write(data[: self.cut_after])
+        # Else whoever expects more would wait for it.
+        request.close_connection = self.cut_after is not None or self.announce is not None
 
     def _end(self, request: BaseHTTPRequestHandler, status: int) -> None:
         request.send_response(status)
         request.send_header("Content-Length", "0")
-        request.send_header("Connection", "close")
         request.end_headers()
 
 
@@ -67,6 +78,8 @@ def serving(root: Path) -> Iterator[Web]:
     web = Web(root)
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             web.answer(self)
 

@@ -30,6 +30,7 @@ JAILS = Path("/var/lib/banger-root/jail")
 DNS_PORT = 42069
 # Taps that wait for a VM are capacity, not leftovers.
 _POOLED = re.compile(r"tap-pool-\d+")
+_DESCRIPTOR = re.compile(r"^/proc/self/fd/\d+/")
 _TAP = re.compile(r"tap-(fc|pool)-[0-9a-f]+")
 
 
@@ -112,7 +113,8 @@ def sockets() -> Iterator[str]:
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         words = line.split()
         if len(words) == 8 and int(words[3], 16) & 0x10000 and "banger" in words[7]:
-            yield f"socket {words[7]}"
+            # A daemon binds its socket by way of the directory's descriptor.
+            yield f"socket {_DESCRIPTOR.sub('', words[7])}"
 
 
 def files() -> Iterator[str]:

@@ -20,36 +20,40 @@ if TYPE_CHECKING:
 SHARED = "shared"
 # Every name that was used, so that the name server can be asked for those that are gone.
 used_names: set[str] = set()
-_held: Counter[str] = Counter()
+_held: dict[str, Counter[str]] = {}
 
 
 def held_by_shared() -> Counter[str]:
-    """What the shared VM adds to a census."""
-    return _held
+    """What the shared VMs add to a census."""
+    return sum(_held.values(), Counter())
 
 
-def shared() -> str:
-    """The name of a running VM that the scenarios of its chain use one after the other."""
-    if _held and (found := banger.done("vm", "show", SHARED)).status == 0:
+def shared(name: str = SHARED) -> str:
+    """The name of a running VM that the scenarios of a chain use one after the other.
+
+    It is made when the first of them asks, and deleted before a global scenario begins. A chain of
+    its own may have a VM of its own, by another name.
+    """
+    if name in _held and (found := banger.done("vm", "show", name)).status == 0:
         if json.loads(found.out)["state"] != "running":
-            banger("vm", "start", SHARED)
-        return SHARED
+            banger("vm", "start", name)
+        return name
     before = take_census()
-    create(SHARED)
-    _held.clear()
-    _held.update(take_census() - before)
-    return SHARED
+    create(name)
+    used_names.discard(name)
+    _held[name] = take_census() - before
+    return name
 
 
 def drop_shared() -> None:
-    """Delete the shared VM, if there is one."""
-    if _held:
-        _held.clear()
-        banger("vm", "delete", SHARED)
+    """Delete the shared VMs, if there are any."""
+    for name in tuple(_held):
+        del _held[name]
+        banger("vm", "delete", name)
 
 
 def forget_shared() -> None:
-    """The shared VM was deleted by somebody else."""
+    """The shared VMs were deleted by somebody else."""
     _held.clear()
 
 

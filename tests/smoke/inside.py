@@ -73,7 +73,7 @@ def _expect_nothing_left(before: Counter[str]) -> None:
     while left := take_census() - before - guests.held_by_shared():
         expect(time.monotonic() < deadline, "left on the host: " + "; ".join(sorted(left)))
         time.sleep(0.5)
-    for name in guests.used_names - {guests.SHARED}:
+    for name in guests.used_names:
         expect(dns_address(name) is None, f"the name server still knows {name}.vm")
     guests.used_names.clear()
 

@@ -7,6 +7,7 @@ import io
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +20,17 @@ from banger.api import catalog as c
 from banger.api import params as p
 from banger.api.records import ImageRecord, KernelRecord
 from banger.catalog.index import IndexEntry, bundle_name, publish_index, with_entry
+from banger.catalog.published import find_published
 from banger.config.paths import Paths
 from banger.config.settings import Settings
-from banger.daemon import catalog, given, stored
+from banger.daemon import catalog, confinement, given, stored
 from banger.daemon import container_images as containers
 from banger.disk.cpio import read_members
 from banger.errors import BangerError
 from banger.files import sha256_file
 from banger.image import build
 from banger.image.entries import check_image_files, find_image, list_images, verify_image
-from banger.image.published import export_image
+from banger.image.published import export_image, pull_published
 from banger.kernel import given as kernel_given
 from banger.kernel import published as kernel_published
 from banger.kernel import pull as kernel_pull
@@ -176,7 +178,7 @@ def built(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return
 
     monkeypatch.setattr(build, "ensure_image", record)
-    monkeypatch.setattr(catalog.confinement, "refuse_build", never)
+    monkeypatch.setattr(confinement, "refuse_build", never)
     return names
 
 
@@ -279,6 +281,45 @@ async def test_pull_of_a_catalog_name_goes_before_references(
     ]
     with pytest.raises(BangerError, match="used by web"):
         await pull_it(reference="mine", force=True)
+
+
+async def test_a_cancelled_pull_ends_at_once_and_leaves_nothing(place: Place) -> None:
+    entry = await place.publish_image()
+    source = find_published(place.daemon.paths, place.daemon.settings)
+    assert source is not None
+    place.web.hold = threading.Event()
+    pull = pull_published(place.daemon.paths, source, entry, name="mine", reporter=Silent())
+    task = asyncio.create_task(pull)
+    try:
+        assert await asyncio.to_thread(place.web.holding.wait, 15)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        place.web.hold.set()
+    assert (list_images(place.daemon.paths), place.left_behind()) == ((), [])
+
+
+async def test_what_a_killed_pull_left_is_removed_by_the_next(place: Place) -> None:
+    await place.publish_image()
+    images = place.daemon.paths.images
+    for name in (".pull-mine-00000000", ".pull-other-00000000"):
+        (images / name).mkdir(parents=True)
+    await catalog.obtain_image(place.daemon, "mine", place.report)
+    assert place.left_behind() == [".pull-other-00000000"]
+
+
+async def test_an_image_that_cannot_be_replaced_stays(place: Place) -> None:
+    entry = await place.publish_image()
+    image = await catalog.obtain_image(place.daemon, "mine", place.report)
+    place.web.missing.add(entry.file)
+    with pytest.raises(BangerError, match="no such file"):
+        await catalog.image_pull(
+            place.daemon,
+            place.report,  # type: ignore[arg-type]
+            p.PullImage(reference="mine", force=True),
+        )
+    assert list_images(place.daemon.paths) == (image,)
 
 
 async def test_two_pulls_of_one_bundle_download_it_once(place: Place) -> None:

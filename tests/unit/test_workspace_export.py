@@ -108,6 +108,43 @@ def test_repository_that_was_never_prepared_is_compared_with_its_own_head(
         guests.patch(None, name="absent")
 
 
+def test_sha256_repository_comes_back(guests: GuestHost, tmp_path: Path) -> None:
+    source = make_repository(tmp_path / "long", "--object-format=sha256")
+    write(source, "file", "one\n")
+    commit(source)
+    guests.prepare(source)
+    assert guests.patch(source)[0] == b""
+    write(guests.path(), "file", "two\n")
+    git(guests.path(), "commit", "-qam", "there")
+    git(source, "apply", "--index", stdin=guests.patch(source)[0])
+    assert (source / "file").read_text() == "two\n"
+    bundle = tmp_path / "b"
+    git(source, "reset", "-q", "--hard")
+    bundle.write_bytes(guests.bundle(source)[0])
+    git(source, "pull", "-q", str(bundle))
+    assert head(source) == head(guests.path())
+
+
+def test_partial_clone_goes_in_and_comes_back(
+    guests: GuestHost, source: Path, tmp_path: Path
+) -> None:
+    write(source, "file", "newer\n")
+    commit(source)
+    git(source, "config", "uploadpack.allowFilter", "true")
+    partial = tmp_path / "partial"
+    subprocess.run(
+        ["git", "clone", "-q", "--filter=blob:none", f"file://{source}", partial],
+        env=ENVIRONMENT, check=True,
+    )  # fmt: skip
+    guests.prepare(partial)
+    write(guests.path(), "file", "two\n")
+    patch, exported = guests.patch(partial)
+    assert exported.names == ("M file",)
+    git(partial, "apply", "--index", stdin=patch)
+    write(partial, "sub/other", "mine\n")
+    assert guests.prepare(partial).sent == 1
+
+
 @pytest.mark.parametrize("autocrlf", ["true", "input", "false"])
 def test_converted_line_ends_are_no_change(guests: GuestHost, source: Path, autocrlf: str) -> None:
     write(source, ".gitattributes", "*.bat text eol=crlf\n")

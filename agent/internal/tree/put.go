@@ -306,6 +306,11 @@ func (u *unpacker) member(h *tar.Header, content io.Reader) error {
 		u.dirs = append(u.dirs, h)
 		return nil
 	}
+	if u.updating && h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
+		// Before its directory would be made: a file may have that name by now.
+		u.removed = append(u.removed, strings.Join(parts, "/"))
+		return nil
+	}
 	dir, err := u.parent(parts[:len(parts)-1])
 	if err != nil {
 		return err
@@ -314,10 +319,6 @@ func (u *unpacker) member(h *tar.Header, content io.Reader) error {
 	if h.Typeflag == tar.TypeDir {
 		u.dirs = append(u.dirs, h)
 		return u.directory(dir, name)
-	}
-	if u.updating && h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
-		u.removed = append(u.removed, strings.Join(parts, "/"))
-		return nil
 	}
 	u.counts.Files++
 	if u.updating {

@@ -64,6 +64,7 @@ func TestAnUpdateChangesWhatTheTarNamesAndNothingElse(t *testing.T) {
 		os.MkdirAll(target+"/kept/deep", 0o755),
 		os.MkdirAll(target+"/gone/deep", 0o755),
 		os.MkdirAll(target+"/becomes-file/inside", 0o755),
+		os.WriteFile(target+"/becomes-file/inside/old", nil, 0o600),
 		os.WriteFile(target+"/kept/deep/own", []byte("own"), 0o600),
 		os.WriteFile(target+"/gone/deep/file", nil, 0o600),
 		os.WriteFile(target+"/old", []byte("old"), 0o600),
@@ -76,7 +77,7 @@ func TestAnUpdateChangesWhatTheTarNamesAndNothingElse(t *testing.T) {
 		tar.Header{Typeflag: tar.TypeDir, Name: "new/", Mode: 0o750}, file("new/a", "a"),
 		tar.Header{Typeflag: tar.TypeReg, Name: "old", Linkname: "newer", Mode: 0o755},
 		file("link", "file now"), file("up/outside", "inside now"), file("becomes-dir/f", "x"),
-		file("becomes-file", "y"), gone("gone/deep/file"), gone("kept"), gone("never/there")),
+		gone("becomes-file/inside/old"), file("becomes-file", "y"), gone("gone/deep/file"), gone("kept"), gone("never/there")),
 		Options{Mode: Update, Report: &report})
 	if err != nil {
 		t.Fatal(err)

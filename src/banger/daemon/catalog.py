@@ -72,9 +72,16 @@ async def look(daemon: Daemon, report: Reporter) -> Looked:
 
 
 async def obtain_image(
-    daemon: Daemon, name: str, report: Reporter, *, as_name: str | None = None
+    daemon: Daemon,
+    name: str,
+    report: Reporter,
+    *,
+    as_name: str | None = None,
+    replaced: ImageRecord | None = None,
 ) -> ImageRecord:
     """A catalog image that is not here: its bundle, else built from its recipe.
+
+    `replaced` is an image that may go; it stays until there is another one for its name.
 
     Raises:
         BangerError: not_found, with the nearest name, only when neither index nor recipes have it;
@@ -92,7 +99,12 @@ async def obtain_image(
         report.stage("resolve_image", f"image {name}: {_chosen(looked.source, looked.index)}")
         try:
             return await pull_published(
-                daemon.paths, looked.source, entry, name=target, reporter=report
+                daemon.paths,
+                looked.source,
+                entry,
+                name=target,
+                reporter=report,
+                replaced=replaced,
             )
         except BangerError as e:
             problem, why = e, str(e)
@@ -102,6 +114,9 @@ async def obtain_image(
             why = "its bundle could not be had"
         report.stage("resolve_image", f"building the image {name} from its recipe: {why}")
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
+        if replaced is not None:
+            await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
+            delete_image(daemon.paths, replaced.id)
         if as_name is None:
             # Not `build_image`: a peer that has just finished the same one is success here.
             return await build.ensure_image(daemon.paths, name, reporter=report)
@@ -179,8 +194,7 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             call.stage("resolve_image", f"image {name}: it is here already")
             return existing
         container_images.refuse_in_use(daemon, existing)
-        delete_image(daemon.paths, existing.id)
-    return await obtain_image(daemon, name, call, as_name=params.name)
+    return await obtain_image(daemon, name, call, as_name=params.name, replaced=existing)
 
 
 async def kernel_pull(daemon: Daemon, call: Call, params: p.PullKernel) -> KernelRecord:

@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -81,7 +82,7 @@ class Daemon:
         self._probing = asyncio.Lock()
         self._guards: set[asyncio.Task[None]] = set()
         self.server: Server | None = None
-        self.workspace_locks: dict[str, asyncio.Lock] = {}
+        self.workspace_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
 
     @classmethod

@@ -163,7 +163,8 @@ async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]
 @contextlib.asynccontextmanager
 async def workspace_lock(daemon: Daemon, vm: VmRecord) -> AsyncIterator[None]:
     """One piece of work on a VM's workspaces at a time."""
-    async with daemon.workspace_locks.setdefault(vm.id, asyncio.Lock()):
+    lock = daemon.workspace_locks.setdefault(vm.id, asyncio.Lock())
+    async with lock:
         yield
 
 

@@ -43,20 +43,36 @@ _REPORT_EVERY_BYTES = 8 * MIB
 
 
 async def pull_published(
-    paths: Paths, source: Published, entry: IndexEntry, *, name: str, reporter: Reporter
+    paths: Paths,
+    source: Published,
+    entry: IndexEntry,
+    *,
+    name: str,
+    reporter: Reporter,
+    replaced: ImageRecord | None = None,
 ) -> ImageRecord:
     """The published image, stored as `name`; one that is there by then is the result.
+
+    `replaced` is an image of that name that may go, which it does when the new one is whole.
 
     Raises:
         BangerError: not_found, operation_failed, also with the reasons bad_bundle and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, source, entry, name, job), reporter)
+    return await run_job(lambda job: _pull(paths, source, entry, name, replaced, job), reporter)
 
 
-def _pull(paths: Paths, source: Published, entry: IndexEntry, name: str, job: Job) -> ImageRecord:
+def _pull(
+    paths: Paths,
+    source: Published,
+    entry: IndexEntry,
+    name: str,
+    replaced: ImageRecord | None,
+    job: Job,
+) -> ImageRecord:
     with lock_image(paths, name, job):
-        if made_by_peer := find_image(paths, name):
-            return made_by_peer
+        existing = find_image(paths, name)
+        if existing is not None and (replaced is None or existing.id != replaced.id):
+            return existing
         for kind in ("pull", "delete"):
             remove_abandoned(paths.images, f"{kind}-{name}")
         with files.staging_directory(paths.images, f"pull-{name}") as staging:
@@ -67,7 +83,14 @@ def _pull(paths: Paths, source: Published, entry: IndexEntry, name: str, job: Jo
             _accept(new, entry, name, found, job)
             job.check()
             job.stage("publish", f"storing the image {name}")
-            new.rename(paths.images / image_id)
+            if existing is not None:
+                (paths.images / existing.id).rename(staging / existing.id)
+            try:
+                new.rename(paths.images / image_id)
+            except OSError:
+                if existing is not None:
+                    (staging / existing.id).rename(paths.images / existing.id)
+                raise
             files.sync_directory(paths.images)
     return get_image(paths, image_id)
 

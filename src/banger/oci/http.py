@@ -98,7 +98,9 @@ class Http:
         self._silence_s = silence_s
         self._first_pause_s = first_pause_s
         self._guard = threading.Lock()
-        self._connections: set[HTTPConnection] = set()
+        # Not the connections: one whose server announces its end forgets its socket before the body
+        # has been read.
+        self._sockets: set[socket.socket] = set()
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._context = ssl.create_default_context()
         if ca_for is not None and "/" not in ca_for:
@@ -113,10 +115,9 @@ class Http:
     def interrupt(self) -> None:
         """End every transfer at once; what waits for one gets BrokenTransfer. Any thread."""
         with self._guard:
-            for connection in self._connections:
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
     def request(
@@ -246,8 +247,9 @@ class Http:
 
     def _track(self, connection: HTTPConnection) -> None:
         with self._guard:
-            self._connections = {c for c in self._connections if c.sock is not None}
-            self._connections.add(connection)
+            self._sockets = {s for s in self._sockets if s.fileno() >= 0}
+            if connection.sock is not None:
+                self._sockets.add(connection.sock)
 
     def _failed(self, url: str, e: BaseException) -> BangerError:
         parts = urllib.parse.urlsplit(url)

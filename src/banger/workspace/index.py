@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from banger.workspace.names import check_name
@@ -9,6 +10,8 @@ from banger.workspace.names import check_name
 if TYPE_CHECKING:
     from banger.workspace.git import Git
 
+# A component of a name, in the output of `ls-files -s -z`, that `check_name` will refuse.
+_SUSPECT = re.compile(rb"[\t/](?:\.{0,2}|\.git)[/\0]", re.IGNORECASE)
 GITLINK = 0o160000
 SYMLINK = 0o120000
 REGULAR = 0o100644
@@ -53,10 +56,11 @@ def read_index(git: Git) -> list[IndexEntry]:
 def list_submodules(git: Git) -> list[bytes]:
     """The names of the index that are submodules. Raises as `read_index`."""
     out = git.run("ls-files", "-z", "-s", doing="reading the index")
-    if b"160000 " not in out:  # as nearly always; then nothing has to be taken apart
+    # Nearly always neither is there; then the list, which may be long, need not be taken apart.
+    if b"160000 " not in out and not _SUSPECT.search(out):
         return []
     records = (record.partition(b"\t") for record in out.split(b"\0")[:-1])
-    return [check_name(name) for meta, _, name in records if meta.startswith(b"160000 ")]
+    return [name for meta, _, name in records if check_name(name) and meta.startswith(b"160000 ")]
 
 
 def list_untracked(git: Git) -> list[bytes]:

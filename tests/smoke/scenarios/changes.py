@@ -21,9 +21,7 @@ printf 'x\r\n' > "$(printf 'odd\n"name')"; echo secret > ignored
 
 def _vm() -> str:
     """A VM for the scenarios of this module, on whichever host they run."""
-    if _VM not in banger.vm_names():
-        guests.create(_VM)
-    return _VM
+    return guests.shared(_VM)
 
 
 def _repository(name: str) -> Path:
@@ -165,5 +163,3 @@ def vm_exec() -> None:
     banger("vm", "stop", "exec")
     banger.refused("vm", "exec", "exec", "--", "true", because="stopped")
     banger("vm", "delete", "exec")
-    if _VM in banger.vm_names():
-        banger("vm", "delete", _VM)

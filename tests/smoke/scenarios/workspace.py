@@ -31,8 +31,10 @@ def repository() -> Path:
     _git("init", "-q", "-b", "main")
     _git("add", ".")
     _git("commit", "-q", "-m", "first")
-    (path / "a file").write_text("second\n")
-    _git("commit", "-q", "-a", "-m", "second")
+    (path / "later").write_text("second\n")
+    _give(path / "later")
+    _git("add", ".")
+    _git("commit", "-q", "-m", "second")
     (path / "a file").write_text("edited\n")
     for name in ("untracked", "ignored"):
         (path / name).write_text("not in git\n")
@@ -76,7 +78,10 @@ def _head(ref: str) -> str:
 def workspace_dryrun() -> None:
     before = banger.vm_names()
     out = banger("vm", "run", "--dry-run", str(repository()))
-    expect(sorted(out.splitlines()) == [".gitignore", "Makefile", "a file"], f"stdout is {out!r}")
+    expect(
+        sorted(out.splitlines()) == [".gitignore", "Makefile", "a file", "later"],
+        f"stdout is {out!r}",
+    )
     out = banger("vm", "run", "--dry-run", "--include-untracked", str(repository()))
     expect("untracked" in out.splitlines(), f"stdout is {out!r}")
     expect(banger.vm_names() == before, "a VM was made")
@@ -93,9 +98,11 @@ def include_untracked() -> None:
 def workspace_branch() -> None:
     base = _head("HEAD~1")
     arguments = ("--branch", "topic", "--from", "HEAD~1", str(repository()))
-    out = banger("vm", "run", "--rm", *arguments, "--", "sh", "-c", _SHOW_HEAD)
+    out = banger("vm", "run", "--rm", *arguments, "--", "sh", "-c", f"{_SHOW_HEAD}; ls; cat a*")
     expect("ref: refs/heads/topic" in out, f"stdout is {out!r}")
     expect(f"{base} refs/heads/topic" in out, f"the branch is elsewhere: {out!r}")
+    expect("later" not in out.splitlines(), "a file of the newer commit is there")
+    expect("edited" in out.splitlines(), "the edit did not go along")
 
 
 @scenario("repodir", "`-d` with `--rm` or a command is refused; alone it leaves a usable VM")

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from banger.errors import BangerError
@@ -38,13 +38,13 @@ from workspace_kit import (
 from workspace_steps import FILE_STEPS, GIT_STEPS, Step, apply_step, steps
 
 _EXAMPLES = settings(
-    max_examples=20 * int(os.environ.get("BANGER_SOAK", "1")),
+    max_examples=15 * int(os.environ.get("BANGER_SOAK", "1")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     print_blob=True,
 )
 _MODES = st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"])
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(300 * int(os.environ.get("BANGER_SOAK", "1")))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,13 @@ def test_work_in_the_guest_comes_back_as_it_was_done(
 
 
 @_EXAMPLES
+@example(
+    commits=[[("write", b"a/b", b"")]],
+    edits=[("write", b"a", b"")],
+    mode="shallow_overlay",
+    readonly=False,
+    untracked=True,
+)
 @given(
     commits=st.lists(steps(FILE_STEPS, 6), max_size=2),
     edits=steps((*FILE_STEPS, *FILE_STEPS, *GIT_STEPS), 10),
