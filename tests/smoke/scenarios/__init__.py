@@ -4,6 +4,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     commands,
     lifecycle,
     workspace,
+    changes,
     network,
     refusals,
     jail,
@@ -12,6 +13,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
 )
 
 __all__ = [
+    "changes",
     "commands",
     "figures",
     "jail",

@@ -128,7 +128,7 @@ def _lease(*, pooled: bool) -> float:
         "bridge": _BRIDGE,
         "guest": {"address": "172.16.0.250", "mac": "06:00:ac:10:00:fa"},
         "isolate": True,
-        "announce_port": None,
+        "announce_port": 7001,
         "nat": False,
         "guest_host_ports": [],
         "limits": {"vcpu": 1, "memory_mib": 384},
