@@ -1,11 +1,17 @@
-"""Settings of every test: a slow machine is no failure, so examples have no deadline of their own.
+"""Settings of every test. A slow machine is no failure: examples have no deadline of their own, and
+pytest's timeout ends only what hangs.
 
-pytest's timeout ends a test that hangs.
+Examples are the same in every run, so that what passes here passes there. With BANGER_SOAK set they
+are new ones each time, and more of them where a test says so.
 """
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
 
-settings.register_profile("banger", deadline=None)
+settings.register_profile(
+    "banger", deadline=None, derandomize="BANGER_SOAK" not in os.environ, print_blob=True
+)
 settings.load_profile("banger")

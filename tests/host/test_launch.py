@@ -70,7 +70,9 @@ def test_vmm_runs_as_the_owner_without_rights_or_environment(
     assert found["Uid"].split() == found["Gid"].split() == [str(OWNER)] * 4
     assert found["Groups"] == ""
     assert int(found["CapEff"], 16) == int(found["CapPrm"], 16) == 0
-    assert (found["NoNewPrivs"], found["Umask"], found["SigIgn"]) == ("1", "0077", "0" * 16)
+    assert (found["NoNewPrivs"], found["Umask"]) == ("1", "0077")
+    # Signals 32 to 34 are the C library's own: it lets nobody change what was inherited for them.
+    assert int(found["SigIgn"], 16) & ~(0b111 << 31) == 0
     assert Path(f"/proc/{pid}/environ").read_bytes() == b""
     assert os.getsid(pid) == pid
     assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/firecracker\0")

@@ -29,7 +29,11 @@ _tag = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True)
 @st.composite
 def references(draw: st.DrawFn) -> str:
     registry = draw(st.one_of(st.just(""), _registry.map(lambda r: f"{r}/")))
-    path = "/".join(draw(st.lists(_part, min_size=1, max_size=3)))
+    parts = draw(st.lists(_part, min_size=1, max_size=3))
+    if not registry and len(parts) > 1:
+        # A dot in the first of several would make it a registry.
+        parts[0] = draw(st.from_regex(r"[a-z0-9]{1,8}(_[a-z0-9]{1,4})?", fullmatch=True))
+    path = "/".join(parts)
     tag = draw(st.one_of(st.just(""), _tag.map(lambda t: f":{t}")))
     digest = draw(st.sampled_from(["", f"@{DIGEST}"]))
     return f"{registry}{path}{tag}{digest}"

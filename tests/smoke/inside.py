@@ -32,8 +32,9 @@ def main() -> int:
     with Path("/dev/ttyS1").open() as port:
         while True:
             emit(want=True)
-            names = port.readline().split()
-            if not names:
+            # Empty lines only keep an emulated host awake.
+            names = next(words for line in port if (words := line.split()))
+            if names == ["end"]:
                 return 0
             for each in choose(names):
                 before = _report(each, before)

@@ -1,13 +1,15 @@
 """One emulated host of a run: QEMU, its two serial ports, and the work that it is handed.
 
 The first port is the kernel's console; on the second the host tells what happens, asks for work
-with an event and gets a line with the names of the next scenarios, or an empty one when there is
-no more. A machine belongs to the run: it ends with its thread, at the limit at the latest.
+with an event and gets a line with the names of the next scenarios, or `end` when there is no more;
+empty lines in between keep it awake. A machine belongs to the run: it ends with its thread, at the
+limit at the latest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import threading
 from typing import TYPE_CHECKING
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from tests.smoke.registry import Deal
     from tests.smoke.report import Report
 
+# QEMU's emulation of nested virtualisation loses a timer interrupt now and then; an idle host then
+# sleeps until another interrupt comes. This one does, whatever happens.
+_PULSE_S = 1.0
 # What one host may take of the machine's memory; QEMU takes it only as far as the host uses it.
 MEMORY_MIB = 4096
 
@@ -70,6 +75,7 @@ class Machine(threading.Thread):
         self._report = report
         self._log = output / f"host-{number}.log"
         self._limit_s = limit_s
+        self._ended = threading.Event()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -88,6 +94,8 @@ class Machine(threading.Thread):
         released = False
         deadline = threading.Timer(self._limit_s, self.stop)
         deadline.start()
+        pulse = threading.Thread(target=self._keep_awake, daemon=True)
+        pulse.start()
         try:
             assert self._process.stdout is not None
             with self._process.stdout as lines, self._log.open("w") as log:
@@ -98,17 +106,23 @@ class Machine(threading.Thread):
                         unit = [each.name for each in self._deal.take()]
                         given += unit
                         released = not unit
-                        self._answer(" ".join(unit))
+                        self._write(" ".join(unit) or "end")
         finally:
             deadline.cancel()
+            self._ended.set()
+            pulse.join()
             self.stop()
             self._process.wait()
             unfinished = [name for name in given if name not in self._report.results]
             self._told.close(unfinished, released=released)
 
-    def _answer(self, text: str) -> None:
+    def _keep_awake(self) -> None:
+        while not self._ended.wait(_PULSE_S):
+            self._write("")
+
+    def _write(self, line: str) -> None:
         assert self._process.stdin is not None
-        # A host that has ended meanwhile is told by the end of its output.
+        # Shorter than what a pipe takes at once, so lines of two threads do not mix. A host that
+        # has ended meanwhile is told by the end of its output.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{text}\n")
-            self._process.stdin.flush()
+            os.write(self._process.stdin.fileno(), f"{line}\n".encode())
