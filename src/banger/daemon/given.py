@@ -15,11 +15,8 @@ from banger.kernel.given import GivenKernel, make_kernel, plan_import
 from banger.kernel.published import export_kernel
 from banger.kernel.pull import find_catalog_kernel
 from banger.names import check_entry_name
-from banger.rpc import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from banger.api import catalog as c
     from banger.api import params as p
     from banger.api.records import ImageRecord, KernelRecord
@@ -146,21 +143,9 @@ async def kernel_import(daemon: Daemon, call: Call, params: c.ImportKernel) -> K
 
 async def image_export(daemon: Daemon, call: Call, params: p.NameRef) -> c.Exported:
     """`image.export`: the data frames are the bundle."""
-    return await export_image(daemon.paths, params.name, write=_sender(call), reporter=call)
+    return await export_image(daemon.paths, params.name, write=call.data_sender(), reporter=call)
 
 
 async def kernel_export(daemon: Daemon, call: Call, params: p.NameRef) -> c.Exported:
     """`kernel.export`: the data frames are the bundle."""
-    return await export_kernel(daemon.paths, params.name, write=_sender(call), reporter=call)
-
-
-def _sender(call: Call) -> Callable[[bytes], None]:
-    """Sends data to the client from a worker thread, at the client's pace."""
-    loop = asyncio.get_running_loop()
-
-    def send(chunk: bytes) -> None:
-        for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
-            piece = chunk[at : at + frames.PAYLOAD_LIMIT]
-            asyncio.run_coroutine_threadsafe(call.data(piece), loop).result()
-
-    return send
+    return await export_kernel(daemon.paths, params.name, write=call.data_sender(), reporter=call)

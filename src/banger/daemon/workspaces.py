@@ -119,7 +119,7 @@ async def export(daemon: Daemon, call: Call, params: w.ExportWorkspace) -> w.Exp
                 return export_tar(source, cast("BinaryIO", out))
         return (export_commits if params.format == "commits" else export_patch)(source, send)
 
-    send = _sender(call)
+    send = call.data_sender()
     async with ships.workspace_lock(daemon, vm):
         call.stage("export", "comparing", path)
         done = await ships.in_guest(daemon, vm, work)
@@ -156,7 +156,7 @@ async def changes(daemon: Daemon, call: Call, params: w.WorkspaceRef) -> w.Expor
                 write_changes(ground.work, found, cast("BinaryIO", out))
         return len(found), write_offer(daemon.vms.vm_paths(vm.id).directory, then)
 
-    send = _sender(call)
+    send = call.data_sender()
     async with ships.workspace_lock(daemon, vm):
         call.stage("export", "comparing", path)
         changed, offer = await ships.in_guest(daemon, vm, work)
@@ -248,18 +248,6 @@ def _fitting(names: tuple[str, ...]) -> tuple[str, ...]:
             break
         kept.append(name)
     return tuple(kept)
-
-
-def _sender(call: Call) -> Callable[[bytes], None]:
-    """Sends data to the client from a worker thread, at the client's pace."""
-    loop = asyncio.get_running_loop()
-
-    def send(chunk: bytes) -> None:
-        for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
-            piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
-            asyncio.run_coroutine_threadsafe(call.data(piece), loop).result()
-
-    return send
 
 
 class _CallWriter(io.RawIOBase):

@@ -62,6 +62,17 @@ class Call:
     async def data(self, chunk: bytes) -> None:
         await self.channel.write_frame(FrameType.DATA, chunk)
 
+    def data_sender(self) -> Callable[[bytes], None]:
+        """What sends data from a worker thread, at the client's pace, in frames of any number."""
+        loop = asyncio.get_running_loop()
+
+        def send(chunk: bytes) -> None:
+            for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
+                piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
+                asyncio.run_coroutine_threadsafe(self.data(piece), loop).result()
+
+        return send
+
     async def finish(self, result: Any, *, fds: tuple[int, ...] = ()) -> None:
         """Send the one answer. The descriptors stay the caller's to close."""
         await self.drain_events()
