@@ -107,9 +107,9 @@ class Caller:
         expect(done.status == status, f"status {done.status}, expected {status}")
         return done.out
 
-    def refused(self, *arguments: str, status: int = 1, because: str = "") -> str:
+    def refused(self, *arguments: str, status: int = 1, because: str = "", **options: Any) -> str:
         """Call banger, which must refuse and give the reason on stderr; return stderr."""
-        done = self.done(*arguments)
+        done = self.done(*arguments, **options)
         expect(done.status == status, f"status {done.status}, expected {status}")
         expect(because in done.err, f"the message does not say {because!r}: {done.err!r}")
         return done.err

@@ -37,8 +37,8 @@ def check_memory(ctx: VmContext, vm: VmRecord, *, allow_overcommit: bool) -> Non
     in_use = f"; in use: {used} MiB ({by})" if others else ""
     raise BangerError(
         "operation_failed",
-        f"starting VM {vm.name} needs {wanted} MiB, but banger may use {budget} of this host's "
-        f"{total} MiB{in_use}",
+        f"starting VM {vm.name} needs {wanted} MiB of memory, but banger may use {budget} of "
+        f"this host's {total} MiB{in_use}; --allow-overcommit starts it all the same",
         hint=f"banger vm stop {others[0].name}"
         if others
         else "a smaller --memory, or --allow-overcommit",

@@ -8,6 +8,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     network,
     refusals,
     jail,
+    installation,
     services,
     figures,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "changes",
     "commands",
     "figures",
+    "installation",
     "jail",
     "lifecycle",
     "network",
