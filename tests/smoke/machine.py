@@ -12,13 +12,13 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.smoke.report import HostLog
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.smoke.nested_host import HostImage
     from tests.smoke.registry import Deal
     from tests.smoke.report import Report
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # QEMU's emulation of nested virtualisation loses a timer interrupt now and then; an idle host then
 # sleeps until another interrupt comes. This one does, whatever happens.
 _PULSE_S = 1.0
+# Now and then it loses all of them, and the processor stands still for ever. A host that lives uses
+# more than this, in clock ticks, for the pulses of that time alone.
+_PATIENCE_S = 90.0
+_ALIVE_TICKS = 3
 # What one host may take of the machine's memory; QEMU takes it only as far as the host uses it.
 MEMORY_MIB = 4096
 
@@ -68,6 +72,8 @@ class Machine(threading.Thread):
         report: Report,
         output: Path,
         limit_s: float,
+        *,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
         super().__init__(name=f"host {number}", daemon=True)
         self._told = HostLog(report, number)
@@ -75,6 +81,9 @@ class Machine(threading.Thread):
         self._report = report
         self._log = output / f"host-{number}.log"
         self._limit_s = limit_s
+        self._patience_s = patience_s
+        self.frozen = False
+        """Its processor stood still: what it had not finished says nothing of what is tested."""
         self._ended = threading.Event()
         self._process = subprocess.Popen(
             command,
@@ -114,11 +123,31 @@ class Machine(threading.Thread):
             self.stop()
             self._process.wait()
             unfinished = [name for name in given if name not in self._report.results]
-            self._told.close(unfinished, released=released)
+            if self.frozen:
+                self._told.freeze(unfinished)
+            else:
+                self._told.close(unfinished, released=released)
 
     def _keep_awake(self) -> None:
-        while not self._ended.wait(_PULSE_S):
+        used, since = self._processor_ticks(), time.monotonic()
+        while not self._ended.wait(min(_PULSE_S, self._patience_s / 4)):
             self._write("")
+            now = self._processor_ticks()
+            if now - used >= _ALIVE_TICKS:
+                used, since = now, time.monotonic()
+            elif time.monotonic() - since > self._patience_s:
+                self.frozen = True
+                self.stop()
+                return
+
+    def _processor_ticks(self) -> int:
+        """What QEMU has used of a processor; proc(5), utime and stime."""
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return 0
+        fields = stat.rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
 
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -97,6 +97,11 @@ class HostLog:
             self._report.measured(event["figures"])
         return "want" in event
 
+    def freeze(self, unfinished: list[str]) -> None:
+        """The emulated processor stood still, and the host was ended."""
+        what = ", ".join(unfinished) or "nothing"
+        say(f"smoke: host {self._number}: its processor stands still; it had not finished {what}")
+
     def close(self, unfinished: list[str], *, released: bool) -> None:
         """The host has ended.
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.smoke import run
+from tests.smoke.machine import Machine
 from tests.smoke.registry import Deal, Kind, Scenario, all_scenarios, choose
 from tests.smoke.report import HostLog, Report
 from tools.steps import ROOT
@@ -204,3 +205,16 @@ def test_the_number_of_hosts_follows_processors_and_memory(
     assert jobs(64, 512) == 8
     assert jobs(16, 9) == 2
     assert jobs(1, 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "frozen"),
+    [("sleep 60", True), ("while :; do :; done", False)],
+    ids=["a processor that stands still", "one that works"],
+)
+def test_a_host_whose_processor_stands_still_is_known(
+    report: Report, tmp_path: Path, script: str, frozen: bool
+) -> None:
+    machine = Machine(1, ["sh", "-c", script], Deal([]), report, tmp_path, 3, patience_s=1)
+    machine.run()
+    assert machine.frozen == frozen

@@ -44,8 +44,10 @@ def admission() -> None:
     total_kib = int(host("grep", "^MemTotal:", "/proc/meminfo").split()[1])
     memory = f"{total_kib // 1024 * 9 // 10}M"
     with _no_new_vm():
-        text = banger.refused("vm", "create", "--name", "big", "--memory", memory, because="memory")
-        expect("--allow-overcommit" in text, f"the hint does not name the override: {text!r}")
+        call = ("vm", "create", "--name", "big", "--memory", memory)
+        text = banger.refused(*call, because="banger may use")
+        # Which hint is the best depends on what else runs.
+        expect("hint: banger vm stop" in text or "--allow-overcommit" in text, f"no hint: {text!r}")
     with guests.vm("big", "--memory", memory, "--allow-overcommit") as vm:
         banger("vm", "exec", vm, "--", "true")
 
