@@ -122,6 +122,8 @@ class Machine(threading.Thread):
             pulse.join()
             self.stop()
             self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             unfinished = [name for name in given if name not in self._report.results]
             if self.frozen:
                 self._told.freeze(unfinished)

@@ -209,7 +209,7 @@ def test_the_number_of_hosts_follows_processors_and_memory(
 
 @pytest.mark.parametrize(
     ("script", "frozen"),
-    [("sleep 60", True), ("while :; do :; done", False)],
+    [("exec sleep 60", True), ("while :; do :; done", False)],
     ids=["a processor that stands still", "one that works"],
 )
 def test_a_host_whose_processor_stands_still_is_known(

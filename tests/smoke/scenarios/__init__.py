@@ -8,7 +8,6 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     network,
     refusals,
     jail,
-    installation,
     services,
     figures,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "changes",
     "commands",
     "figures",
-    "installation",
     "jail",
     "lifecycle",
     "network",
