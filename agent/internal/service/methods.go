@@ -17,6 +17,7 @@ import (
 func (c *call) dispatch() error {
 	unary := map[string]func(*call) (any, error){
 		"hello":     (*call).hello,
+		"activity":  (*call).activity,
 		"health":    (*call).health,
 		"ports":     (*call).ports,
 		"stat":      (*call).stat,
@@ -55,6 +56,8 @@ func (c *call) dispatch() error {
 		return c.answer(result)
 	}
 	if method, ok := streams[c.req.Method]; ok {
+		c.streams.Add(1)
+		defer c.streams.Add(-1)
 		return method(c)
 	}
 	return wire.Errorf(wire.UnknownMethod, "the agent knows no method %q", c.req.Method)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"banger/agent/internal/command"
@@ -75,6 +76,8 @@ type Server struct {
 	Log     func(format string, args ...any)
 
 	open sync.WaitGroup
+	// streams counts the calls that last: commands, transfers, joined connections.
+	streams atomic.Int64
 }
 
 // call is one request while it is answered.
