@@ -181,6 +181,42 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def aside(path: Path) -> Path:
+    """Where `bound_file` moves the end of a file that has grown too long."""
+    return path.with_name(f"{path.name}.1")
+
+
+def bound_file(path: Path, *, most_bytes: int, kept_bytes: int) -> bool:
+    """Empty a file that somebody appends to once it is longer than `most_bytes`; its end goes to
+    `aside(path)`. Whether it did.
+
+    The writer needs no notice: it has the file open for append. What it writes in the moment
+    between the last look and the truncation is lost.
+    """
+    try:
+        # A guest decides what is in it, never where it is.
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        if size <= most_bytes:
+            return False
+        tail = os.pread(fd, kept_bytes, size - kept_bytes)
+        try:
+            write_atomic(aside(path), tail + os.pread(fd, kept_bytes, size))
+            os.ftruncate(fd, 0)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            # On a full disk the room comes first.
+            os.ftruncate(fd, 0)
+            write_atomic(aside(path), tail)
+        return True
+    finally:
+        os.close(fd)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that this user may still write on the filesystem of `path`."""
     st = os.statvfs(path)

@@ -26,7 +26,7 @@ _LIFE = "life"
 
 
 class FakeDriver:
-    """Points: `driver.build_launch`, `driver.start`."""
+    """Points: `driver.build_launch`, `driver.start`, `driver.pause`, `driver.resume`."""
 
     def __init__(self, faults: Faults, *, emulated: bool = False) -> None:
         self.name: VmmName = "firecracker"
@@ -37,6 +37,7 @@ class FakeDriver:
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}
+        self.standing: set[str] = set()  # the machines that are paused
         self.put_error: str | None = None  # what guests that come up from now on say to a `put`
         self._faults = faults
         self._lives: dict[str, list[int]] = {}
@@ -92,10 +93,15 @@ class FakeDriver:
         task.add_done_callback(self._tasks.discard)
 
     async def pause(self, runtime: Path) -> None:
-        """Nothing runs here that could be paused."""
+        await self._faults.arrive("driver.pause")
+        self.standing.add(self._whose(runtime))
 
     async def resume(self, runtime: Path) -> None:
-        """See `pause`."""
+        await self._faults.arrive("driver.resume")
+        self.standing.discard(self._whose(runtime))
+
+    def _whose(self, runtime: Path) -> str:
+        return next(vm_id for vm_id in self._lives if vm_id.startswith(runtime.name))
 
     async def close(self) -> None:
         for task in list(self._tasks):

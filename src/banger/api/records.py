@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from banger.api.base import Wire
+from banger.api.stats import VmStats
 
 VmState = Literal["created", "running", "suspended", "stopped", "error"]
 VmmName = Literal["firecracker", "qemu"]
@@ -75,6 +76,12 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     files_synced: bool = False
     """Its first start is over: `[[file_sync]]` entries of `create` have been sent."""
+    paused: str | None = None
+    """Why a running VM's processors stand still; None: they do not."""
+    warning: str | None = None
+    """What its owner should know now; told when it is looked at, never stored."""
+    stats: VmStats | None = None
+    """Its figures when they were last collected; kept when it stops."""
     last_error: str | None = None
     created_at: str = ""
     updated_at: str = ""

@@ -39,7 +39,7 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
         rows = [
             (
                 vm.name,
-                vm.state,
+                f"{vm.state} (paused)" if vm.paused else vm.state,
                 vm.image,
                 vm.address or "-",
                 str(vm.vcpu),
@@ -54,6 +54,11 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
             "NAME", "STATE", "IMAGE", "ADDRESS", "VCPU", "MEMORY", "DISK", "WORKSPACE", "CREATED",
         )  # fmt: skip
         sys.stdout.write(table(headers, rows))
+        for vm in vms:
+            if vm.paused:
+                sys.stderr.write(f"banger: warning: VM {vm.name} is paused: {vm.paused}\n")
+        for warning in sorted({vm.warning for vm in vms if vm.warning}):
+            sys.stderr.write(f"banger: warning: {warning}\nhint: banger vm prune\n")
 
 
 @click.command()

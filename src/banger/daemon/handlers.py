@@ -5,7 +5,9 @@ A handler decodes nothing and draws nothing: it gets typed parameters and return
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
 from banger.store.vms import now_text
-from banger.vm import observe
+from banger.vm import idle, observe, space
 from banger.vm.change import change
 from banger.vm.cleanup import is_live, settled
 from banger.vm.create import check_create, create
@@ -58,6 +60,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         params: type, handler: Callable[..., Awaitable[Any]], *, streams: bool = False
     ) -> Method:
         async def bound(call: Call, decoded: Any) -> Any:
+            await daemon.sweeps.check_clocks()
             return await handler(daemon, call, decoded)
 
         return Method(params=params, handler=bound, streams=streams)
@@ -75,6 +78,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "vm.kill": method(p.KillVm, _kill),
         "vm.delete": method(p.VmRef, _delete),
         "vm.set": method(p.SetVm, _set),
+        "vm.touch": method(p.VmRef, _touch),
         "vm.list": method(p.Empty, _list),
         "vm.show": method(p.VmRef, _show),
         "vm.stats": method(p.VmRef, _stats),
@@ -146,6 +150,8 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         log=_log_of(daemon),
         uptime_s=round(time.monotonic() - daemon.started, 1),
         rss_bytes=rss,
+        threads=threading.active_count(),
+        tasks=len(asyncio.all_tasks()),
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
         network=daemon.network,
         network_note=privilege.missing or None,
@@ -221,13 +227,18 @@ async def _set(daemon: Daemon, call: Call, params: p.SetVm) -> r.SetResult:
     return r.SetResult(vm=vm, at_next_start=later)
 
 
+async def _touch(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
+    return idle.touch(daemon.vms, daemon.store.resolve(params.vm))
+
+
 async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
-    return [await settled(daemon.vms, vm) for vm in daemon.store.list()]
+    vms = [await settled(daemon.vms, vm) for vm in daemon.store.list()]
+    return [space.marked(daemon.vms, vm) for vm in vms]
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
     vm = await settled(daemon.vms, daemon.store.resolve(params.vm))
-    return await bootstrap.settle(daemon, vm)
+    return space.marked(daemon.vms, await bootstrap.settle(daemon, vm))
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:

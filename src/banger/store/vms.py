@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable
 
+    from banger.api.stats import VmStats
+
 
 def now_text() -> str:
     """This moment in UTC, RFC 3339, to the millisecond."""
@@ -124,6 +126,16 @@ class VmStore:
             (msgspec.json.encode(record).decode(), vm_id),
         )
         return record
+
+    def keep_stats(self, vm_id: str, stats: VmStats) -> None:
+        """Keep the last figures of a VM; one that is gone has none. `updated_at` stays."""
+        record = self.find(vm_id)
+        if record is not None:
+            record = msgspec.structs.replace(record, stats=stats)
+            self._db.execute(
+                "UPDATE vms SET record = ? WHERE id = ?",
+                (msgspec.json.encode(record).decode(), vm_id),
+            )
 
     def readdress(
         self,

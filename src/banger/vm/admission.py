@@ -24,11 +24,16 @@ def check_memory(ctx: VmContext, vm: VmRecord, *, allow_overcommit: bool) -> Non
     Raises:
         BangerError: reason memory_admission: wanted, in use by whom, and the limit.
     """
-    if allow_overcommit:
-        return
+    if not allow_overcommit:
+        _check_budget(ctx, vm)
+    # No wait lies between the look and this: of two starts at once the second one sees the first.
+    ctx.admitted.add(vm.id)
+
+
+def _check_budget(ctx: VmContext, vm: VmRecord) -> None:
     total = host_memory_mib()
     budget = total * ctx.settings.memory_budget_percent // 100
-    others = [o for o in ctx.store.list() if o.id != vm.id and is_live(ctx, o)]
+    others = [o for o in ctx.store.list() if o.id != vm.id and _counts(ctx, o)]
     used = sum(o.memory_mib + _VMM_MIB for o in others)
     wanted = vm.memory_mib + _VMM_MIB
     if used + wanted <= budget:
@@ -44,6 +49,11 @@ def check_memory(ctx: VmContext, vm: VmRecord, *, allow_overcommit: bool) -> Non
         else "a smaller --memory, or --allow-overcommit",
         reason="memory_admission",
     )
+
+
+def _counts(ctx: VmContext, vm: VmRecord) -> bool:
+    """Whether a VM has its memory, or is about to: its start was let through and is under way."""
+    return is_live(ctx, vm) or (vm.id in ctx.admitted and ctx.is_locked(vm.id))
 
 
 def check_disk(ctx: VmContext, wanted_bytes: int) -> None:

@@ -92,6 +92,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
     if not failures:
         clear_handles(paths)
         ctx.handles.pop(vm_id, None)
+        ctx.admitted.discard(vm_id)
     return failures
 
 
@@ -99,5 +100,9 @@ async def reset(ctx: VmContext, vm: VmRecord, *, last_error: str | None) -> VmRe
     """Bring a VM to `stopped` (or `error` when cleanup could not finish), whatever it was."""
     failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
     if failures:
-        return ctx.store.update(vm.id, state="error", last_error="; ".join(failures), boot_id=None)
-    return ctx.store.update(vm.id, state="stopped", last_error=last_error, boot_id=None)
+        return ctx.store.update(
+            vm.id, state="error", last_error="; ".join(failures), boot_id=None, paused=None
+        )
+    return ctx.store.update(
+        vm.id, state="stopped", last_error=last_error, boot_id=None, paused=None
+    )
