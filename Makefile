@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test lint unit host boot smoke smoke-list smoke-one smoke-fresh smoke-clean \
-    bench bench-host agent firecracker build install uninstall clean
+    bench bench-host soak agent firecracker build install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,10 @@ bench: ## measure, against a bare VMM and ssh; results in bench/results
 bench-host: ## the installed host side, measured in an emulated host; results in bench/results
 	@$(SETUP) smoke
 	@.venv/bin/python -m tests.smoke.run --jobs 1 --scenario figures_vms,figures_pool,figures_dns
+
+soak: ## property tests with new examples, then VMs made and deleted for SOAK_MINUTES=60; plots in docs/
+	@$(SETUP) soak
+	@.venv/bin/python -m tests.soak.run --minutes $(or $(SOAK_MINUTES),60)
 
 agent: ## build the guest agent for amd64 and arm64
 	@$(SETUP) host venv go agent
