@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from banger.vmm import qmp
 from boot.installation import SMALL, Installation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -22,12 +24,11 @@ _WAIT_S = 120.0
 
 
 class OwnDaemon:
-    """The installation's daemon as a process of ours, whose host sleeps when the test says so."""
+    """The installation's daemon as a process of ours, on a host that does what the test says."""
 
-    def __init__(self, banger: Installation, slept: Path) -> None:
+    def __init__(self, banger: Installation, orders: Path) -> None:
         self._banger = banger
-        self._slept = slept
-        slept.write_text("0")
+        self._orders = orders
         banger("daemon", "stop")
         self._config = banger.config.read_text()
         banger.config.write_text(
@@ -35,7 +36,7 @@ class OwnDaemon:
         )
         ready, told = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, str(_DAEMON), str(slept), "--ready-fd", str(told)],
+            [sys.executable, str(_DAEMON), str(orders), "--ready-fd", str(told)],
             env=banger.env, pass_fds=(told,), stdin=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(told)
@@ -43,8 +44,15 @@ class OwnDaemon:
             assert f.read(1) == b"1"
         assert banger.daemon_pid() == self.process.pid
 
-    def sleep(self, seconds: float) -> None:
-        self._slept.write_text(str(seconds))
+    def order(self, name: str, value: float | None) -> None:
+        """`slept`: the host has slept for so many seconds. `free`: so many bytes are free."""
+        path = self._orders / name
+        if value is None:
+            path.unlink()
+            return
+        staging = path.with_suffix(".new")
+        staging.write_text(str(value))
+        staging.rename(path)
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -54,7 +62,7 @@ class OwnDaemon:
 
 @pytest.fixture
 def daemon(banger: Installation, tmp_path: Path) -> Iterator[OwnDaemon]:
-    daemon = OwnDaemon(banger, tmp_path / "slept")
+    daemon = OwnDaemon(banger, tmp_path)
     yield daemon
     daemon.close()
 
@@ -107,7 +115,22 @@ def test_guests_are_looked_after_by_their_daemon(
     # A clock that went wrong while the host slept is right before the next command runs.
     banger.ok("vm", "exec", vm, "--", "date", "-s", "2001-02-03 04:05:06")
     assert guest_time(banger, vm) < 1e9
-    daemon.sleep(8000)
+    daemon.order("slept", 8000)
+    assert abs(guest_time(banger, vm) - time.time()) < 2
+
+    # On a full disk its processors stand still until there is room, and nobody hangs meanwhile.
+    daemon.order("free", 1000)
+    paused = wait_until(banger, vm, lambda r: r["paused"] is not None)
+    assert paused["state"] == "running"
+    assert not runs(banger, vm)
+    listed = banger.ok("vm", "list")
+    assert "running (paused)" in listed.text
+    assert "less than the 2G that are kept in reserve" in listed.err
+    done = banger("vm", "exec", vm, "--", "true", timeout_s=20)
+    assert (done.status, f"VM {vm} is paused: " in done.err) == (1, True), done.err
+    daemon.order("free", None)
+    wait_until(banger, vm, lambda r: r["paused"] is None)
+    assert runs(banger, vm)
     assert abs(guest_time(banger, vm) - time.time()) < 2
 
     # Used by a session, it is not stopped, however long nobody asked for it; then it is.
@@ -122,6 +145,14 @@ def test_guests_are_looked_after_by_their_daemon(
     done = banger("vm", "exec", vm, "--", "true")
     assert "nobody used it for 1m" in done.err
     assert f"hint: banger vm start {vm}" in done.err
+
+
+def runs(banger: Installation, vm: str) -> bool:
+    """What the VMM itself says of its processors."""
+    record = banger.show(vm)
+    assert record["vmm"] == "qemu", "how another VMM is asked is not known here"
+    socket = banger.runtime / "vms" / record["id"][:12] / "api.sock"
+    return bool(asyncio.run(qmp.execute(socket, "query-status"))["running"])
 
 
 def touched(banger: Installation, vm: str, when: str) -> None:

@@ -104,6 +104,14 @@ async def test_guest_that_takes_no_time_keeps_nobody_out(
     assert "its clock was not set" in caplog.text
 
 
+@pytest.mark.asyncio
+async def test_vm_that_ends_while_the_others_are_told_is_no_matter(world: World) -> None:
+    vm = await world.create()
+    await stop(world.ctx, vm)
+    await space.send_time(world.ctx, vm)
+    assert world.driver.guests[vm.id].asked == ["shutdown"]
+
+
 # Use
 
 

@@ -120,9 +120,12 @@ async def send_time(ctx: VmContext, vm: VmRecord) -> None:
 
     A guest that does not answer keeps its clock, which is logged.
     """
-    token = read_secrets(ctx.vm_paths(vm.id)).token
+    handles = ctx.handles.get(vm.id)
+    if handles is None:  # it has ended meanwhile
+        return
     try:
-        await GuestClient(ctx.handles[vm.id].endpoint, token).set_time(timeout_s=_TIME_S)
+        token = read_secrets(ctx.vm_paths(vm.id)).token
+        await GuestClient(handles.endpoint, token).set_time(timeout_s=_TIME_S)
     except BangerError as e:
         log.warning("VM %s: its clock was not set: %s", vm.name, e)
 
