@@ -18,6 +18,9 @@ ErrorCode = Literal[
     "not_running",
     "operation_failed",
 ]
+# failed: nothing of it happened, or all of it was given back: safe to retry. unknown: it may have
+# happened, in whole or in part, and a look is needed first.
+Outcome = Literal["failed", "unknown"]
 
 
 class BangerError(Exception):
@@ -26,6 +29,7 @@ class BangerError(Exception):
     `message` says what was being done to which thing and why it failed; `hint` is the next command
     to type; `reason` refines the code for scripts (`memory_admission`, `connection_lost`, …).
     Failures of a rollback are attached in `also`, never put in place of the first failure.
+    `outcome` says whether what was asked for may have happened all the same.
     """
 
     def __init__(
@@ -35,12 +39,14 @@ class BangerError(Exception):
         *,
         hint: str | None = None,
         reason: str | None = None,
+        outcome: Outcome = "failed",
     ) -> None:
         super().__init__(message)
         self.code: ErrorCode = code
         self.message = message
         self.hint = hint
         self.reason = reason
+        self.outcome: Outcome = outcome
         self.op_id: str | None = None
         self.also: list[str] = []
 

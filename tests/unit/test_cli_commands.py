@@ -219,7 +219,7 @@ def test_daemon_that_dies_while_it_answers_is_told_from_a_failure(
     serve(vm__stop=die)
     done = cli("vm", "stop", "web")
     assert done.status == 1
-    assert "whether it was carried out is unknown" in done.err
+    assert "may or may not have been stopped" in done.err
 
 
 # --- several at once ------------------------------------------------------------------------------

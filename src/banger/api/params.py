@@ -50,6 +50,8 @@ class CreateVm(Params, frozen=True, kw_only=True):
     nat: bool = False
     start: bool = True
     allow_overcommit: bool = False
+    detach: bool = False
+    """Answer at once with the id of the operation; only of `vm.create`."""
 
 
 class RunVm(Params, frozen=True, kw_only=True):

@@ -184,7 +184,35 @@ daemon = LazyGroup(
     help="The background process. Commands start it when they need it.",
     lazy={
         "status": ("daemon_commands:status", "Show the daemon, its network and its VMM."),
+        "operations": ("app:operations", "What the daemon does, and how what it did ended."),
         "stop": ("daemon_commands:stop", "End the daemon; VMs run on."),
+    },
+)
+
+
+@click.pass_context
+def _list_operations(context: click.Context, as_json: bool) -> Any:
+    if context.invoked_subcommand is None:
+        command = operations.get_command(context, "list")
+        assert command is not None
+        return context.invoke(command, as_json=as_json)
+    return None
+
+
+operations = LazyGroup(
+    name="operations",
+    context_settings=_SETTINGS,
+    invoke_without_command=True,
+    callback=_list_operations,
+    params=[click.Option(["--json", "as_json"], is_flag=True, help="Print the list as JSON.")],
+    help="What the daemon does, and how what it did in the last ten minutes ended: done, failed "
+    "(safe to retry), or unknown (it may have happened).\n\n\b\n"
+    "banger daemon operations                  list them\n"
+    "banger daemon operations show OPERATION   watch one to its end",
+    lazy={
+        "list": ("daemon_operations:list_operations", "List operations."),
+        "show": ("daemon_operations:show", "Watch one to its end, and tell how it ended."),
+        "cancel": ("daemon_operations:cancel", "Cancel one; what it had made is given back."),
     },
 )
 

@@ -66,8 +66,10 @@ def _run(argv: list[str]) -> int:
     except click.ClickException as e:
         e.show()
         return 1
-    except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("banger: interrupted\n")
+    except (click.Abort, KeyboardInterrupt) as e:
+        # click raises its own of a KeyboardInterrupt, which may say what became of the call.
+        notes = getattr(e.__cause__ or e, "__notes__", [])
+        sys.stderr.write("\n".join(["banger: interrupted", *notes]) + "\n")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain again while it exits.

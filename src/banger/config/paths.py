@@ -81,6 +81,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.runtime / "start.lock"
 
     @property
+    def operations(self) -> Path:
+        """The journal of operations; it outlives the daemon, and not the host."""
+        return self.runtime / "operations.jsonl"
+
+    @property
     def daemon_log(self) -> Path:
         return self.state / "bangerd.log"
 

@@ -16,6 +16,7 @@ import msgspec
 
 from banger import __version__
 from banger.api import catalog as c
+from banger.api import operations as o
 from banger.api import params as p
 from banger.api import results as r
 from banger.api import sessions as s
@@ -25,6 +26,7 @@ from banger.daemon import (
     catalog,
     container_images,
     given,
+    operations,
     runs,
     sessions,
     stored,
@@ -57,26 +59,33 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
     """Name → parameters, handler, streaming (spec 3.7). A contract test pins it."""
 
     def method(
-        params: type, handler: Callable[..., Awaitable[Any]], *, streams: bool = False
+        params: type,
+        handler: Callable[..., Awaitable[Any]],
+        *,
+        streams: bool = False,
+        finishes: bool = False,
     ) -> Method:
         async def bound(call: Call, decoded: Any) -> Any:
             await daemon.sweeps.check_clocks()
             return await handler(daemon, call, decoded)
 
-        return Method(params=params, handler=bound, streams=streams)
+        return Method(params=params, handler=bound, streams=streams, finishes=finishes)
 
     return {
         "ping": method(p.Empty, _ping),
         "shutdown": method(p.Empty, _shutdown),
         "daemon.status": method(p.Empty, _status),
         "daemon.doctor": method(p.Doctor, doctor),
+        "daemon.operations.list": method(p.Empty, operations.list_operations),
+        "daemon.operations.show": method(o.OperationRef, operations.show, streams=True),
+        "daemon.operations.cancel": method(o.OperationRef, operations.cancel),
         "vm.run": method(p.RunVm, runs.run, streams=True),
         "vm.create": method(p.CreateVm, _create, streams=True),
         "vm.start": method(p.StartVm, _start, streams=True),
-        "vm.stop": method(p.StopVm, _stop),
+        "vm.stop": method(p.StopVm, _stop, finishes=True),
         "vm.restart": method(p.StartVm, _restart, streams=True),
-        "vm.kill": method(p.KillVm, _kill),
-        "vm.delete": method(p.VmRef, _delete),
+        "vm.kill": method(p.KillVm, _kill, finishes=True),
+        "vm.delete": method(p.VmRef, _delete, finishes=True),
         "vm.set": method(p.SetVm, _set),
         "vm.touch": method(p.VmRef, _touch),
         "vm.list": method(p.Empty, _list),
@@ -131,7 +140,7 @@ async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> None:
         raise BangerError(
             "operation_failed",
             f"the daemon has {max(others, daemon.vms.busy)} operations under way",
-            hint="banger daemon status",
+            hint="banger daemon operations",
             reason="in_use",
         )
     # After the answer, so that the client knows it was heard.
@@ -172,10 +181,20 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def _create(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord:
+async def _create(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord | o.Detached:
     check_create(params)
+    work = _create_now(daemon, call, params)
+    if not params.detach:
+        return await work
+    assert daemon.server is not None
+    return daemon.server.detach(call, work)
+
+
+async def _create_now(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord:
     image = await stored.ensure_image(daemon, params.image, call)
-    return await create(daemon.vms, params, image, call)
+    vm = await create(daemon.vms, params, image, call)
+    call.operation.target = vm.name
+    return vm
 
 
 async def _start(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
@@ -193,13 +212,25 @@ async def _stop(daemon: Daemon, call: Call, params: p.StopVm) -> r.Outcome:
     vm, note = await daemon.vms.finish_alone(
         stop(daemon.vms, vm, timeout_s=params.timeout_s), f"stop {vm.name}"
     )
-    return r.Outcome(vm=vm, note=note)
+    return r.Outcome(vm=_ended(vm), note=note)
+
+
+def _ended(vm: VmRecord) -> VmRecord:
+    """Raises BangerError for a VM that could not be brought to an end (spec 4.1, `error`)."""
+    if vm.state == "error":
+        raise BangerError(
+            "operation_failed",
+            f"VM {vm.name}: what it held could not be given back: {vm.last_error}",
+            hint=f"banger vm kill {vm.name}",
+        )
+    return vm
 
 
 async def _restart(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
     vm = daemon.store.resolve(params.vm)
     call.stage("stop", "stopping")
-    _, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+    vm, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+    _ended(vm)
     outcome = await _start(
         daemon, call, p.StartVm(vm=vm.id, allow_overcommit=params.allow_overcommit)
     )
@@ -210,7 +241,7 @@ async def _kill(daemon: Daemon, call: Call, params: p.KillVm) -> r.Outcome:
     check_signal(params.signal)
     vm = daemon.store.resolve(params.vm)
     vm, note = await daemon.vms.finish_alone(kill(daemon.vms, vm, params.signal), f"kill {vm.name}")
-    return r.Outcome(vm=vm, note=note)
+    return r.Outcome(vm=_ended(vm), note=note)
 
 
 async def _delete(daemon: Daemon, call: Call, params: p.VmRef) -> r.Deleted:

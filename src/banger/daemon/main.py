@@ -77,6 +77,7 @@ def _run(paths: Paths) -> None:
     from banger.daemon.daemon import Daemon
     from banger.daemon.handlers import build_methods
     from banger.daemon.log import start_logging
+    from banger.rpc.operations import Operations
     from banger.rpc.server import Server
     from banger.system.notify import notify
 
@@ -102,6 +103,7 @@ def _run(paths: Paths) -> None:
             owner_uid=os.geteuid(),
             version=__version__,
             state=paths.state,
+            operations=Operations(paths.operations),
         )
         await daemon.run(server, _tell_systemd if as_service else _tell_ready)
 

@@ -135,7 +135,7 @@ class GuestClient:
         channel = Channel(await self.open(timeout_s=connect_s))
         try:
             async with asyncio.timeout(timeout_s):
-                await channel.write_document(self.request(method, params))
+                await _send(channel, self.request(method, params), doing)
                 reply = decode_reply(await channel.read_line(), doing)
             return msgspec.convert(reply.result, type=result)
         except TimeoutError as e:
@@ -143,6 +143,7 @@ class GuestClient:
                 "operation_failed",
                 f"{doing}: no answer within {timeout_s:g} s",
                 reason="guest_not_ready",
+                outcome="unknown",
             ) from e
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
@@ -242,6 +243,18 @@ class GuestClient:
             if isinstance(e, ConnectionError):
                 raise connection_lost(doing) from e
             raise BangerError("operation_failed", f"{doing}: {e.strerror or e}") from e
+
+
+async def _send(channel: Channel, request: Request, doing: str) -> None:
+    """Send a request. The agent acts on whole lines only, so one that was cut off did nothing."""
+    try:
+        await channel.write_document(request)
+    except BangerError as e:
+        raise BangerError(
+            "operation_failed",
+            f"{doing}: the connection was lost before it was asked",
+            reason="connection_lost",
+        ) from e
 
 
 async def _reply_line(sock: socket.socket) -> bytes | None:

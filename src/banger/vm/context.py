@@ -159,6 +159,7 @@ class VmContext:
             f"VM {vm.name}: the machine ended",
             hint=f"banger vm logs {vm.name}",
             reason="connection_lost",
+            outcome="unknown",
         )
 
     def client(self, vm: VmRecord) -> GuestClient:

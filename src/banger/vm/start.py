@@ -67,6 +67,7 @@ async def start(
     """
     if is_live(ctx, vm):
         return vm
+    _refuse_lost(ctx, vm)
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
     async with step("start.clean"):
         failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
@@ -166,6 +167,26 @@ async def start(
         # Not before: on a small host it would take from the guest's boot.
         ctx.host.refill(plan.lease.bridge)
     return running
+
+
+def _refuse_lost(ctx: VmContext, vm: VmRecord) -> None:
+    """A VM that has run keeps its disks, or does not start: an empty one is not what it was.
+
+    Raises:
+        BangerError: reason disk_missing.
+    """
+    if vm.vmm is None:
+        return
+    paths = ctx.vm_paths(vm.id)
+    lost = [str(disk) for disk in (paths.work, paths.overlay) if not disk.exists()]
+    if lost:
+        raise BangerError(
+            "operation_failed",
+            f"starting VM {vm.name}: {' and '.join(lost)} is missing, with what the VM had written "
+            "there; put it back from a backup, or delete the VM: no empty disk takes its place",
+            hint=f"banger vm delete {vm.name}",
+            reason="disk_missing",
+        )
 
 
 def _ensure_address(ctx: VmContext, vm: VmRecord) -> VmRecord:
@@ -327,6 +348,7 @@ async def _ready(
         f"{plan.ready_timeout_s:g} s; last console line: {line!r}; the VM still exists",
         hint=f"banger vm logs {plan.vm.name}",
         reason="guest_not_ready",
+        outcome="unknown",
     )
 
 
