@@ -66,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_image_name: str = "debian-bookworm"
     default_kernel_ref: str = "debian-6.12-cloud"
     oci_default_registry: str = "docker.io"
+    oci_cache_limit: str = "10G"
     index_url: str = ""
     index_keys: tuple[str, ...] = ()
     bridge_name: str = "br-fc"
@@ -117,12 +118,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("memory_budget_percent must be 10 to 95")
         _check_index(self.index_url, self.index_keys)
         parse_size(self.disk_reserve)
+        parse_size(self.oci_cache_limit)
         parse_duration(self.ready_timeout)
         parse_duration(self.stop_timeout)
 
     @property
     def disk_reserve_bytes(self) -> int:
         return parse_size(self.disk_reserve)
+
+    @property
+    def oci_cache_limit_bytes(self) -> int:
+        return parse_size(self.oci_cache_limit)
 
     @property
     def ready_timeout_s(self) -> float:
