@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from banger import zstd
 from banger.disk.background import Job
 from banger.disk.squashfs import write_squashfs
-from banger.oci.compression import zstd
 from banger.oci.layout import OciImage, read_layout
 from banger.oci.merge import Merged, index_layers, write_merged
 

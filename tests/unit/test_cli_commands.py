@@ -74,6 +74,35 @@ def serve(cli: CommandLine) -> Iterator[Serve]:
         )
 
 
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "in_use", "line"),
+    [
+        (True, 0, "would free 1536M in 12 blobs of /c/oci (limit 10G)\n"),
+        (False, 2, "freed 1536M in 12 blobs of /c/oci (limit 10G; 2 more, 4M, are in use)\n"),
+    ],
+)
+def test_prune_says_what_goes_what_stays_and_the_limit(
+    cli: CommandLine, serve: Serve, dry_run: bool, in_use: int, line: str
+) -> None:
+    answer = r.PrunedCache(
+        blobs=12,
+        bytes=3 << 29,
+        in_use_blobs=in_use,
+        in_use_bytes=4 << 20,
+        limit_bytes=10 << 30,
+        directory="/c/oci",
+        dry_run=dry_run,
+    )
+    daemon = serve(image__cache__prune=lambda _: answer)
+    words = ["image", "cache", "prune", *(["--dry-run"] if dry_run else [])]
+    assert cli(*words).out == line
+    assert daemon.asked[0][1].dry_run == dry_run
+    assert json.loads(cli(*words, "--json").out)["limit_bytes"] == 10 << 30
+
+
 # --- looking --------------------------------------------------------------------------------------
 
 

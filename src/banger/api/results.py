@@ -128,10 +128,14 @@ class PortRow(Wire, frozen=True, kw_only=True):
 
 
 class PrunedCache(Wire, frozen=True, kw_only=True):
-    """What `image cache prune` freed, or would free."""
+    """What `image cache prune` freed, or would free; what pulls use now stays."""
 
     blobs: int
     bytes: int
+    in_use_blobs: int
+    in_use_bytes: int
+    limit_bytes: int
+    """`oci_cache_limit`, which each pull keeps."""
     directory: str
     dry_run: bool
 

@@ -79,13 +79,18 @@ def pull(
 @_json
 @click.pass_obj
 def prune(guest: GuestCommand, dry_run: bool, as_json: bool) -> None:
-    """Free what pulls keep for the next pull; stored images need none of it."""
+    """Free what pulls keep for the next pull; stored images need none of it.
+
+    Pulls keep it below oci_cache_limit themselves: what was not used for longest goes first.
+    """
     guest.refuse()
     done = Server().call("image.cache.prune", p.PruneCache(dry_run=dry_run), r.PrunedCache)
     if as_json:
         print_json(done)
         return
     verb = "would free" if dry_run else "freed"
+    used = f"; {done.in_use_blobs} more, {format_size(done.in_use_bytes)}, are in use"
     sys.stdout.write(
-        f"{verb} {format_size(done.bytes)} in {done.blobs} blobs of {done.directory}\n"
+        f"{verb} {format_size(done.bytes)} in {done.blobs} blobs of {done.directory} "
+        f"(limit {format_size(done.limit_bytes)}{used if done.in_use_blobs else ''})\n"
     )

@@ -68,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_image_name: str = "debian-bookworm"
     default_kernel_ref: str = "debian-6.12-cloud"
     oci_default_registry: str = "docker.io"
+    oci_cache_limit: str = "10G"
     index_url: str = ""
     index_keys: tuple[str, ...] = ()
     auto_stop_stale_after: str = "0"
@@ -121,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("memory_budget_percent must be 10 to 95")
         _check_index(self.index_url, self.index_keys)
         parse_size(self.disk_reserve)
+        parse_size(self.oci_cache_limit)
         parse_duration(self.ready_timeout)
         parse_duration(self.stop_timeout)
         if 0 < parse_duration(self.auto_stop_stale_after) < _LEAST_STALE_S:
@@ -140,6 +142,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def stats_poll_interval_s(self) -> float:
         return parse_duration(self.stats_poll_interval)
+
+    @property
+    def oci_cache_limit_bytes(self) -> int:
+        return parse_size(self.oci_cache_limit)
 
     @property
     def ready_timeout_s(self) -> float:

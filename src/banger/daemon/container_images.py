@@ -59,7 +59,8 @@ async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> Ima
 
 async def cache_prune(daemon: Daemon, call: Call, params: p.PruneCache) -> r.PrunedCache:
     """`image.cache.prune`: frees what pulls keep for the next pull."""
-    return await prune_cache(daemon.paths, dry_run=params.dry_run)
+    limit_bytes = daemon.settings.oci_cache_limit_bytes
+    return await prune_cache(daemon.paths, limit_bytes=limit_bytes, dry_run=params.dry_run)
 
 
 def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
@@ -83,4 +84,5 @@ def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:
         platform=params.platform,
         replace=params.force,
         reserve_bytes=daemon.settings.disk_reserve_bytes,
+        cache_limit_bytes=daemon.settings.oci_cache_limit_bytes,
     )

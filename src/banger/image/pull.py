@@ -17,9 +17,9 @@ from banger import files
 from banger.disk.artefacts import remove_abandoned
 from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
-from banger.disk.space import require_space
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.image.cache import require_room
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
@@ -60,6 +60,7 @@ class PullPlan(msgspec.Struct, frozen=True, kw_only=True):
     kernel_ref: str
     replace: bool
     reserve_bytes: int
+    cache_limit_bytes: int
 
 
 def plan_pull(
@@ -71,6 +72,7 @@ def plan_pull(
     platform: str = "linux/amd64",
     replace: bool = False,
     reserve_bytes: int = 2 * GIB,
+    cache_limit_bytes: int = 10 * GIB,
 ) -> PullPlan:
     """Decide what a pull does.
 
@@ -91,6 +93,7 @@ def plan_pull(
         kernel_ref=kernel_ref,
         replace=replace,
         reserve_bytes=reserve_bytes,
+        cache_limit_bytes=cache_limit_bytes,
     )
 
 
@@ -127,14 +130,21 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
         job.stage("image", f"looking for {plan.reference}")
 
         def room_for_download(size: int) -> None:
-            require_space(
+            require_room(
+                paths,
                 paths.oci_blobs,
                 needed_bytes=size,
                 reserve_bytes=plan.reserve_bytes,
                 doing=f"fetching {plan.reference}",
             )
 
-        with open_source(paths, plan.reference, job=job, require_space=room_for_download) as source:
+        with open_source(
+            paths,
+            plan.reference,
+            job=job,
+            require_space=room_for_download,
+            cache_limit_bytes=plan.cache_limit_bytes,
+        ) as source:
             if existing is not None and existing.oci and _is_same(existing, plan):
                 if existing.oci.digest == source.digest:
                     job.stage("image", f"the image {plan.name} is up to date")
@@ -173,7 +183,8 @@ def _import(
         config = guest_config(image.config, digest=digest, reference=what)
     job.stage("layers", f"reading {len(image.layers)} layers of {what}")
     index = index_layers(image.layers, what=what, work=job)
-    require_space(
+    require_room(
+        paths,
         paths.images,
         needed_bytes=max(_LEAST_BYTES, index.content_bytes // 2),
         reserve_bytes=plan.reserve_bytes,

@@ -6,17 +6,12 @@ What comes out is hashed on the way and bounded: a few bytes can stand for terab
 from __future__ import annotations
 
 import hashlib
-import sys
 import zlib
 from typing import IO, TYPE_CHECKING, Any
 
+from banger import zstd
 from banger.oci.errors import BadImage
 from banger.units import GIB, format_size
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,8 +20,6 @@ _READ = 256 << 10
 _PIECE = 1 << 20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame that holds no data (RFC 8878, 3.1.2)
-# 2^27 = 128 MiB of memory, what `zstd --long` needs and what our own limit has room for.
-_WINDOW_LOG_MAX = 27
 
 
 def ceiling_bytes(stored_bytes: int) -> int:
@@ -99,7 +92,9 @@ class LayerStream:
         try:
             while data:
                 machine: Any = (
-                    zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if kind == "gzip" else _zstd()
+                    zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+                    if kind == "gzip"
+                    else zstd.bounded_decompressor()
                 )
                 while not machine.eof:
                     if kind == "gzip":
@@ -124,8 +119,3 @@ class LayerStream:
                             raise BadImage(f"there is something behind the {kind} data")
         except (zlib.error, zstd.ZstdError) as e:
             raise BadImage(f"the {kind} data is damaged: {e}") from e
-
-
-def _zstd() -> zstd.ZstdDecompressor:
-    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
-    return zstd.ZstdDecompressor(options=options)
