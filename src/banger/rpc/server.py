@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
-from banger.errors import BangerError
+from banger.errors import BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
@@ -240,11 +240,16 @@ class Server:
         except BangerError as e:
             log.info("%s failed: %s: %s", request.method, e.code, e)
             await call.drain_events()
-            await call.fail(e)
+            await call.fail(find_disk_full(e) or e)
         except asyncio.CancelledError:
             log.info("%s cancelled", request.method)
             raise
         except Exception as e:
+            if full := find_disk_full(e, doing=request.method):
+                log.warning("%s", full)
+                await call.drain_events()
+                await call.fail(full)
+                return
             log.exception("%s failed unexpectedly", request.method)
             error = BangerError(
                 "operation_failed",

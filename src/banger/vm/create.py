@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from banger.api.params import CreateVm
     from banger.progress import Reporter
     from banger.vm.context import VmContext
+
+log = logging.getLogger(__name__)
 
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
@@ -88,7 +91,7 @@ async def create(
         BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
             the rollback failed: it stays in state error, so that it can be deleted.
     """
-    admission.check_disk(ctx, 0)
+    admission.check_disk(ctx, "creating a VM")
     report.stage("reserve", "reserving name and address")
 
     def build(name: str, address: str) -> VmRecord:
@@ -150,9 +153,24 @@ async def create(
 
 
 def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
-    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
-    replace_host(ctx.paths.known_hosts, hosts, None)
-    remove_tree(ctx.vm_paths(vm.id).directory)
-    ctx.store.delete(vm.id)
+    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+
+    The row first: a directory without a row is removed by the next start of the daemon, while a row
+    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+    """
+    directory = ctx.vm_paths(vm.id).directory
+    try:
+        ctx.store.delete(vm.id)
+    except BangerError as e:
+        if e.reason != "disk_full":
+            raise
+        remove_tree(directory)
+        ctx.store.delete(vm.id)
+    remove_tree(directory)
     ctx.forget(vm.id)
+    try:
+        hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+        replace_host(ctx.paths.known_hosts, hosts, None)
+    except OSError as e:
+        # The next VM of this name or address replaces the lines anyway.
+        log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)
