@@ -145,7 +145,7 @@ def test_every_connection_has_its_pragmas(tmp_path: Path) -> None:
         ]
     finally:
         connection.close()
-    assert got == ["wal", 1, 1, 5000]
+    assert got == ["wal", 1, 2, 5000]
 
 
 def test_a_damaged_database_is_an_error_that_names_it(tmp_path: Path) -> None:

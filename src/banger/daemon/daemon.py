@@ -20,6 +20,7 @@ from banger import __version__
 from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
+from banger.daemon.leftovers import sweep_leftovers
 from banger.daemon.names import Names
 from banger.daemon.sweeps import Sweeps
 from banger.errors import BangerError
@@ -198,6 +199,7 @@ class Daemon:
         """Reconcile, serve until asked to stop, and leave every running VM alone."""
         self.server = server
         await self.names.open()
+        await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)
         await self._sweep()
         for vm in self.store.list():

@@ -34,8 +34,8 @@ from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
-    get_image,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.recipe import LoadedRecipe, load_recipe
@@ -316,6 +316,4 @@ def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Jo
                 created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             ),
         )
-        new.rename(paths.images / image_id)
-        files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+        return publish_image(paths, new)

@@ -24,9 +24,9 @@ from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
-    get_image,
     list_images,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.sources import open_source
@@ -205,16 +205,7 @@ def _import(
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
         _describe(new, plan, config, merged)
-        if replaced is not None:
-            (paths.images / replaced.id).rename(staging / replaced.id)
-        try:
-            new.rename(paths.images / image_id)
-        except OSError:
-            if replaced is not None:
-                (staging / replaced.id).rename(paths.images / replaced.id)
-            raise
-        files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+        return publish_image(paths, new, replaced=replaced, aside=staging)
 
 
 def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) -> None:

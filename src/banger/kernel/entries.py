@@ -85,6 +85,7 @@ def delete_kernel(paths: Paths, name: str) -> None:
         # Out of sight by one rename first: an entry is never seen half removed.
         with files.staging_directory(paths.kernels, f"delete-{name}") as aside:
             Path(record.directory).rename(aside / name)
+            files.sync_directory(paths.kernels)
 
 
 def lock_kernel(paths: Paths, name: str, job: Job) -> AbstractContextManager[None]:
@@ -152,22 +153,12 @@ def write_manifest(directory: Path, manifest: KernelManifest) -> KernelRecord:
     return _record(directory, manifest)
 
 
-def publish_entry(paths: Paths, name: str, new: Path, staging: Path) -> None:
-    """Give a finished directory the entry's name; one that had it is moved into `staging` first.
+def publish_entry(paths: Paths, name: str, new: Path) -> None:
+    """Give a finished directory the entry's name; an entry that had it is where `new` was, then.
 
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
-    target = paths.kernels / name
-    replaced = staging / "replaced"
-    if target.exists():
-        target.rename(replaced)
-    try:
-        new.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    files.sync_directory(paths.kernels)
+    files.publish_directory(new, paths.kernels / name)
 
 
 def _manifest(directory: Path) -> KernelManifest:

@@ -178,7 +178,7 @@ def _make(
                 ),
             )
             job.check()
-            publish_entry(paths, name, new, staging)
+            publish_entry(paths, name, new)
     return get_kernel(paths, name)
 
 

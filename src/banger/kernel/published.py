@@ -97,7 +97,7 @@ def _pull(
                 ),
             )
             job.check()
-            publish_entry(paths, entry.name, new, staging)
+            publish_entry(paths, entry.name, new)
     return get_kernel(paths, entry.name)
 
 

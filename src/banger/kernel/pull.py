@@ -157,6 +157,7 @@ def _replace_agent(
         members = tuple(read_module_members(directory / INITRD))
         write_base_initrd(beside, agent=agent, modules=members)
         beside.chmod(0o444)
+        files.sync_file(beside)
         identity = identify(beside)
         # The initrd first: killed between the two, the manifest still names the old agent, and the
         # next call writes both anew.
@@ -243,7 +244,7 @@ def _publish(
                 files={file: identify(new / file) for file in (VMLINUX, INITRD, MODULES)},
             ),
         )
-        publish_entry(paths, entry.name, new, staging)
+        publish_entry(paths, entry.name, new)
     record = find_kernel(paths, entry.name)
     assert record
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
+
+log = logging.getLogger(__name__)
 
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
@@ -90,7 +93,7 @@ async def create(
         BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
             the rollback failed: it stays in state error, so that it can be deleted.
     """
-    admission.check_disk(ctx, 0)
+    admission.check_disk(ctx, "creating a VM")
     report.stage("reserve", "reserving name and address")
 
     def build(name: str, address: str) -> VmRecord:
@@ -152,12 +155,27 @@ def _make_secrets(paths: VmPaths, name: str) -> None:
 
 
 async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
-    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
-    async with step("delete.known_hosts"):
-        replace_host(ctx.paths.known_hosts, hosts, None)
-    async with step("delete.files"):
-        remove_tree(ctx.vm_paths(vm.id).directory)
+    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+
+    The row first: a directory without a row is removed by the next start of the daemon, while a row
+    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+    """
+    directory = ctx.vm_paths(vm.id).directory
     async with step("delete.row"):
-        ctx.store.delete(vm.id)
+        try:
+            ctx.store.delete(vm.id)
+        except BangerError as e:
+            if e.reason != "disk_full":
+                raise
+            remove_tree(directory)
+            ctx.store.delete(vm.id)
+    async with step("delete.files"):
+        remove_tree(directory)
     ctx.forget(vm.id)
+    async with step("delete.known_hosts"):
+        try:
+            hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+            replace_host(ctx.paths.known_hosts, hosts, None)
+        except OSError as e:
+            # The next VM of this name or address replaces the lines anyway.
+            log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)

@@ -21,7 +21,7 @@ import msgspec
 
 from banger.disk.blank import Role, extend_disk, write_blank_disk
 from banger.disk.initrd import write_vm_initrd
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
 from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
@@ -83,7 +83,8 @@ async def start(
     driver = await ctx.driver()
     image, kernel = await asyncio.to_thread(_check_files, ctx, vm)
     admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
-    admission.check_disk(ctx, 0)
+    wanted = admission.start_bytes(ctx, vm, kernel)
+    admission.check_disk(ctx, f"starting VM {vm.name}", wanted)
     timer.stage("plan", "planning")
     async with step("start.plan"):
         plan = await _plan(ctx, vm, image, kernel, driver)
@@ -295,7 +296,7 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
             "operation_failed",
             f"preparing the disks of VM {plan.vm.name} in {paths.directory}: {e.strerror}",
             hint=f"df -h {ctx.paths.state}",
-            reason="disk_full" if e.errno == 28 else None,
+            reason="disk_full" if is_disk_full(e) else None,
         ) from e
     replace_host(
         ctx.paths.known_hosts,
