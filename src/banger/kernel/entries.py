@@ -6,6 +6,7 @@ is no database row.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -168,6 +169,12 @@ def publish_entry(paths: Paths, name: str, new: Path, staging: Path) -> None:
             replaced.rename(target)
         raise
     files.sync_directory(paths.kernels)
+
+
+def now_text() -> str:
+    """The present, as manifests write it."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _manifest(directory: Path) -> KernelManifest:
