@@ -11,12 +11,12 @@ from banger.errors import BangerError
 from banger.image.published import export_image
 from banger.image.register import check_rootfs, promote_image, refuse_existing, register_image
 from banger.kernel.build import build_kernel, plan_build
-from banger.kernel.build_recipe import find_build_recipe, get_build_recipe
+from banger.kernel.build_recipe import get_build_recipe
 from banger.kernel.entries import delete_kernel, find_kernel
 from banger.kernel.fragment import parse_fragment
 from banger.kernel.given import GivenKernel, make_kernel, plan_import
 from banger.kernel.published import export_kernel
-from banger.kernel.pull import find_catalog_kernel
+from banger.kernel.known import is_known_kernel
 from banger.kernel.sources import plan_tarball
 from banger.names import check_entry_name
 
@@ -92,8 +92,7 @@ async def _make_kernel(daemon: Daemon, call: Call, params: c.RegisterImage) -> K
 
 
 async def _refuse_unknown(daemon: Daemon, call: Call, kernel: str) -> None:
-    known = find_kernel(daemon.paths, kernel) or find_catalog_kernel(kernel)
-    if (known or find_build_recipe(kernel)) is not None:
+    if find_kernel(daemon.paths, kernel) is not None or is_known_kernel(kernel):
         return
     looked = await catalog.look(daemon, call)
     if looked.problem is not None:
