@@ -171,6 +171,7 @@ kernel = LazyGroup(
         "list": ("kernel:list_kernels", "List kernels."),
         "show": ("kernel:show", "Show one kernel's record as JSON."),
         "pull": ("kernel:pull", "Fetch a kernel: a published one, or from its source."),
+        "build": ("kernel_build:build", "Compile a kernel with everything built in."),
         "import": ("kernel:import_kernel", "Make an entry of a kernel of yours."),
         "export": ("export:export_kernel", "Write a kernel as a bundle that others can pull."),
         "rm": ("kernel:remove", "Remove kernels that nothing refers to."),

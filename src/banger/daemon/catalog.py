@@ -21,6 +21,8 @@ from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import delete_image, find_image, list_images
 from banger.image.recipe import list_recipes, load_recipe
+from banger.kernel.build import build_kernel, plan_build
+from banger.kernel.build_recipe import find_build_recipe, list_build_recipes
 from banger.kernel.entries import find_kernel, list_kernels
 from banger.kernel.pull import CATALOG, ensure_kernel, find_catalog_kernel, pull_kernel
 from banger.oci.reference import is_explicit
@@ -159,9 +161,25 @@ async def obtain_kernel(
         if force:
             return await pull_kernel(daemon.paths, name, reporter=report, force=True)
         return await ensure_kernel(daemon.paths, name, reporter=report)
+    if (recipe := find_build_recipe(name)) is not None:
+        if problem is not None:
+            report.warn(f"no bundle of the kernel {name}, so it is built here: {problem}")
+            why = "its bundle could not be had"
+        report.stage("resolve_kernel", f"building the kernel {name}, which takes minutes: {why}")
+        return await build_kernel(
+            daemon.paths,
+            plan_build(name, recipe),
+            reporter=report,
+            force=force,
+            reserve_bytes=daemon.settings.disk_reserve_bytes,
+        )
     if problem is not None:
         raise problem
-    known = [*(k.name for k in CATALOG), *looked.names("kernel")]
+    known = [
+        *(k.name for k in CATALOG),
+        *(k.name for k in list_build_recipes()),
+        *looked.names("kernel"),
+    ]
     raise _unknown("kernel", name, known, hint="banger kernel list --available")
 
 
@@ -216,6 +234,12 @@ async def kernel_catalog(daemon: Daemon, call: Call, _: p.Empty) -> c.KernelCata
         rows[known.name] = c.AvailableKernel(
             name=known.name, distro=known.distro, arch=known.arch, pulled=False, version=None,
             size_bytes=None, source=f"apt: {known.suite}", description=known.description,
+        )  # fmt: skip
+    for recipe in list_build_recipes():
+        rows[recipe.name] = c.AvailableKernel(
+            name=recipe.name, distro=recipe.distro, arch=recipe.arch, pulled=False, version=None,
+            size_bytes=None, source=f"built from apt: {recipe.package}",
+            description=recipe.description,
         )  # fmt: skip
     for entry in looked.index.entries if looked.index and looked.source else ():
         if entry.kind == "kernel":

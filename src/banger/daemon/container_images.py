@@ -11,7 +11,7 @@ from banger.image.cache import prune_cache
 from banger.image.entries import find_image
 from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
 from banger.kernel.entries import find_kernel
-from banger.kernel.pull import find_catalog_kernel
+from banger.kernel.known import is_known_kernel
 from banger.oci.reference import FileReference
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
     plan = _plan(daemon, params)
     if plan.replace and (existing := find_image(daemon.paths, plan.name)) is not None:
         refuse_in_use(daemon, existing)
-    if find_kernel(daemon.paths, plan.kernel_ref) is None and not find_catalog_kernel(
-        plan.kernel_ref
-    ):
+    if find_kernel(daemon.paths, plan.kernel_ref) is None and not is_known_kernel(plan.kernel_ref):
         raise BangerError(
             "not_found",
             f"there is no kernel {plan.kernel_ref!r}, here or in the catalog",

@@ -123,6 +123,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "kernel.show": method(p.NameRef, stored.kernel_show),
         "kernel.pull": method(p.PullKernel, catalog.kernel_pull, streams=True),
         "kernel.delete": method(p.NameRef, stored.kernel_delete),
+        "kernel.build": method(c.BuildKernel, given.kernel_build, streams=True),
         "kernel.import": method(c.ImportKernel, given.kernel_import, streams=True),
         "kernel.export": method(p.NameRef, given.kernel_export, streams=True),
         "kernel.catalog": method(p.Empty, catalog.kernel_catalog),

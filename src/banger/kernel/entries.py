@@ -6,6 +6,7 @@ is no database row.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -159,6 +160,12 @@ def publish_entry(paths: Paths, name: str, new: Path) -> None:
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
     files.publish_directory(new, paths.kernels / name)
+
+
+def now_text() -> str:
+    """The present, as manifests write it."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _manifest(directory: Path) -> KernelManifest:
