@@ -152,7 +152,7 @@ class Incarnation:
 
 
 class Installation:
-    """A world, its guests, and the daemon of the moment. Blocking; the daemon has its own thread."""
+    """A world, its guests, and the daemon of the moment. Blocking; the daemon has a thread."""
 
     def __init__(self, templates: Path, **settings: Any) -> None:
         self.patch = pytest.MonkeyPatch()

@@ -1,4 +1,4 @@
-"""What kernels there are to be had beside published ones: fetched packages, and recipes to build."""
+"""Kernels to be had beside published ones: fetched packages, and recipes to build."""
 
 from __future__ import annotations
 
