@@ -99,7 +99,7 @@ def _each_json(method: str, vms: tuple[str, ...], kind: Any) -> int:
 @_vms
 @click.pass_obj
 def stats(guest: GuestCommand, vms: tuple[str, ...]) -> int:
-    """Show figures of running VMs as JSON: VMM, disks, guest."""
+    """Show figures of running VMs as JSON: processor, memory, disks, network, guest."""
     guest.refuse()
     return _each_json("vm.stats", vms, r.VmStats)
 
