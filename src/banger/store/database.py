@@ -8,11 +8,12 @@ newer than the program is refused, never guessed at.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from banger.errors import DISK_FULL_HINT, BangerError
+from banger.errors import DISK_FULL_HINT, BangerError, is_disk_full
 from banger.files import free_bytes, staging_directory, sync_directory, sync_file
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ PRAGMAS = (
 )
 # Room that SQLite asks for when it opens its log and index; with less, a failure is about that.
 _LITTLE_BYTES = 256 << 10
+# For the pages of a few changes, in the log and in the database.
+_ROOM_BYTES = 128 << 10
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -47,6 +50,7 @@ def open_database(path: Path) -> sqlite3.Connection:
             for pragma in PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
             _migrate(connection, path)
+            keep_room(path)
         except BaseException:
             connection.close()
             raise
@@ -101,6 +105,30 @@ def _is_full(e: sqlite3.Error, path: Path) -> bool:
         code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
         and free_bytes(path.parent) < _LITTLE_BYTES
     )
+
+
+@contextlib.contextmanager
+def lent_room(path: Path) -> Iterator[None]:
+    """For the block, let SQLite have the little room that is kept beside the database."""
+    _room_path(path).unlink(missing_ok=True)
+    yield
+
+
+def keep_room(path: Path) -> None:
+    """Keep a little room beside the database, unless there is some or the disk is full."""
+    if _room_path(path).exists():
+        return
+    try:
+        with _room_path(path).open("wb") as f:
+            os.posix_fallocate(f.fileno(), 0, _ROOM_BYTES)
+    except OSError as e:
+        _room_path(path).unlink(missing_ok=True)
+        if not is_disk_full(e):
+            raise
+
+
+def _room_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.room")
 
 
 def migrations() -> list[tuple[int, Path]]:

@@ -12,7 +12,7 @@ import msgspec
 from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.names import generate_vm_name, short_id
-from banger.store.database import explained, transaction
+from banger.store.database import explained, keep_room, lent_room, transaction
 
 if TYPE_CHECKING:
     import ipaddress
@@ -50,6 +50,19 @@ class VmStore:
     def _writing(self, *, durable: bool = True) -> Iterator[None]:
         with self._doing("writing to"), transaction(self._db, durable=durable):
             yield
+        keep_room(self._path)
+
+    def _commit(self, statement: str, values: tuple[object, ...], *, durable: bool = True) -> None:
+        """One statement as a transaction. On a full disk it is tried again in the room that is kept
+        for this: what has ended must be noted then, too."""
+        try:
+            with self._writing(durable=durable):
+                self._db.execute(statement, values)
+        except BangerError as e:
+            if e.reason != "disk_full":
+                raise
+            with lent_room(self._path), self._writing(durable=durable):
+                self._db.execute(statement, values)
 
     def list(self) -> list[VmRecord]:
         with self._doing("reading"):
@@ -139,12 +152,11 @@ class VmStore:
         if record is None:
             raise BangerError("not_found", f"VM {short_id(vm_id)} is gone", hint="banger vm list")
         record = msgspec.structs.replace(record, updated_at=now_text(), **changes)
-        durable = changes.keys() != {"touched_at"}
-        with self._writing(durable=durable):
-            self._db.execute(
-                "UPDATE vms SET record = ? WHERE id = ?",
-                (msgspec.json.encode(record).decode(), vm_id),
-            )
+        self._commit(
+            "UPDATE vms SET record = ? WHERE id = ?",
+            (msgspec.json.encode(record).decode(), vm_id),
+            durable=changes.keys() != {"touched_at"},
+        )
         return record
 
     def keep_stats(self, vm_id: str, stats: VmStats) -> None:
@@ -185,8 +197,7 @@ class VmStore:
         return record
 
     def delete(self, vm_id: str) -> None:
-        with self._writing():
-            self._db.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+        self._commit("DELETE FROM vms WHERE id = ?", (vm_id,))
 
 
 def _lowest_free(subnet: ipaddress.IPv4Network, taken: set[str]) -> str:
