@@ -336,8 +336,7 @@ def test_what_only_a_kernel_build_needs_is_no_warning(world: FakeWorld) -> None:
     row = world.row("host tools")
     assert row.level == "PASS"
     assert row.details == (
-        "kernel build would need flex, /usr/include/libelf.h: "
-        "sudo apt-get install flex libelf-dev",
+        "kernel build would need flex, /usr/include/libelf.h: sudo apt-get install flex libelf-dev",
     )
 
 

@@ -15,8 +15,8 @@ from banger.kernel.build_recipe import get_build_recipe
 from banger.kernel.entries import delete_kernel, find_kernel
 from banger.kernel.fragment import parse_fragment
 from banger.kernel.given import GivenKernel, make_kernel, plan_import
-from banger.kernel.published import export_kernel
 from banger.kernel.known import is_known_kernel
+from banger.kernel.published import export_kernel
 from banger.kernel.sources import plan_tarball
 from banger.names import check_entry_name
 
