@@ -33,7 +33,8 @@ from banger.kernel.compile import (
 )
 from banger.kernel.entries import MODULES, VMLINUX, find_kernel, lock_kernel
 from banger.kernel.fragment import format_options
-from banger.kernel.modules import write_module_indexes, write_modules_squashfs
+from banger.kernel.modules import read_load_order, write_module_indexes, write_modules_squashfs
+from banger.kernel.requirements import BOOT_MODULES
 from banger.kernel.signature import read_fingerprints, verify_detached
 from banger.kernel.sources import (
     Tarball,
@@ -321,6 +322,11 @@ def _write_indexes(tree: Path, release: str, scratch: Path, target: Path, job: J
     for index, content in read_built_in_indexes(tree).items():
         (directory / index).write_bytes(content)
     write_module_indexes(base, release, job=job)
+    # Whoever pulls it as a bundle reads there that nothing has to be loaded for a boot.
+    if loaded := read_load_order(directory, BOOT_MODULES):
+        raise BangerError(
+            "operation_failed", f"the kernel {release} has modules, such as {loaded[0]}"
+        )
     write_modules_squashfs(directory, target, job=job)
 
 
