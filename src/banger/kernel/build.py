@@ -31,7 +31,7 @@ from banger.kernel.compile import (
     read_built_in_indexes,
     read_release,
 )
-from banger.kernel.entries import MODULES, VMLINUX, find_kernel, lock_kernel
+from banger.kernel.entries import MODULES, VMLINUX, find_kernel, lock_kernel, refuse_existing
 from banger.kernel.fragment import format_options
 from banger.kernel.modules import read_load_order, write_module_indexes, write_modules_squashfs
 from banger.kernel.requirements import BOOT_MODULES
@@ -39,6 +39,7 @@ from banger.kernel.signature import read_fingerprints, verify_detached
 from banger.kernel.sources import (
     Tarball,
     decompress_tarball,
+    find_source_package,
     read_signature,
     read_version,
     unpack_source_package,
@@ -140,16 +141,6 @@ async def build_kernel(
     return await run_job(lambda job: _build(paths, build, force, reserve_bytes, job), reporter)
 
 
-def refuse_existing(paths: Paths, name: str, *, force: bool) -> None:
-    """Raises BangerError already_exists where there is an entry of this name, without `force`."""
-    if not force and find_kernel(paths, name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {name} is here already",
-            hint=f"banger kernel show {name}",
-        )
-
-
 def log_path(paths: Paths, name: str) -> Path:
     """Where a failed build leaves what its programs said."""
     return paths.build_cache / "kernels" / f"{name}.log"
@@ -199,13 +190,7 @@ def _find_sources(build: KernelBuild, job: Job) -> _Sources:
     recipe = build.recipe
     if build.tarball is None:
         job.stage("kernel", f"looking for the newest {recipe.package}")
-        package = apt.find_newest(
-            recipe.package.replace(".", r"\."),
-            prefix=recipe.package,
-            suite=recipe.suite,
-            entry=build.name,
-            job=job,
-        )
+        package = find_source_package(recipe, entry=build.name, job=job)
         return _Sources(
             key=(package.name, package.version, package.sha256),
             source=f"build:{package.name}={package.version}",
