@@ -51,7 +51,7 @@ class Place:
         monkeypatch.setattr(apt, "download", self._download)
 
     def _find(self, pattern: str, **_: object) -> apt.KernelPackage:
-        assert pattern == r"linux-source-6\.12"
+        assert pattern == r"linux\-source\-6\.12"
         return apt.KernelPackage(
             name="linux-source-6.12", version=self.version, sha256="aa", size_bytes=150_000_000
         )

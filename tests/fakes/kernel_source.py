@@ -15,6 +15,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from banger.kernel.requirements import BOOT_MODULES
+
 _MAKEFILE = """\
 # SPDX-License-Identifier: GPL-2.0
 VERSION = 6
@@ -40,7 +42,7 @@ vmlinux:
 	@{ echo; env | sort | grep -E '^(SOURCE_DATE|KBUILD_|LOCALVERSION|TZ|HOSTNAME_OF)'; } > env.txt
 	@cp @OBJECT@ vmlinux
 	@objcopy --add-section .env=env.txt --set-section-flags .env=alloc,readonly vmlinux
-	@echo kernel/fs/overlayfs/overlay.ko > modules.builtin
+	@printf 'kernel/x/%s.ko\\n' @BOOT_MODULES@ > modules.builtin
 	@printf 'overlay.file=fs/overlayfs/overlay\\000' > modules.builtin.modinfo
 """
 
@@ -70,6 +72,7 @@ class FakeSource:
         """The sources as an uncompressed archive, always the same for the same sources."""
         text = self.makefile.replace("@STEERING@", str(self.steering))
         text = text.replace("@OBJECT@", str(self._object))
+        text = text.replace("@BOOT_MODULES@", " ".join(BOOT_MODULES))
         kconfig = "".join(f"config {name}\n\tbool\n\n" for name in sorted(self.options))
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w") as tar:

@@ -25,7 +25,7 @@ from banger.kernel.requirements import (
     find_missing_container_options,
     find_missing_options,
 )
-from banger.kernel.sources import read_version, unpack_source_package
+from banger.kernel.sources import find_source_package, read_version, unpack_source_package
 
 pytestmark = [
     pytest.mark.host,
@@ -44,13 +44,7 @@ def test_every_option_of_a_recipe_survives_in_the_newest_sources(
 ) -> None:
     job = Job()
     options = read_options(recipe)
-    package = apt.find_newest(
-        recipe.package.replace(".", r"\."),
-        prefix=recipe.package,
-        suite=recipe.suite,
-        entry=recipe.name,
-        job=job,
-    )
+    package = find_source_package(recipe, entry=recipe.name, job=job)
 
     def build(staging: Path) -> None:
         with files.staging_directory(staging, "scratch") as scratch:

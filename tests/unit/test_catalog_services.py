@@ -33,6 +33,10 @@ from banger.kernel import pull as kernel_pull
 from banger.kernel.base_initrd import build_module_members, write_base_initrd
 from banger.kernel.entries import find_kernel, list_kernels, verify_kernel
 from banger.kernel.published import export_kernel
+from banger.kernel.requirements import (
+    find_missing_container_options,
+    find_missing_options,
+)
 from banger.progress import Silent
 from fakes.publishing import (
     CATALOG_IMAGE,
@@ -388,6 +392,18 @@ async def test_an_imported_kernel_is_complete_and_travels_as_a_bundle(
     assert (other.pulled, other.source.startswith("apt: ")) == (False, True)
 
 
+@needs_tools
+async def test_an_import_warns_of_what_containers_would_miss(place: Place, tmp_path: Path) -> None:
+    directory = kernel_directory(tmp_path)
+    needed = find_missing_options("") + find_missing_container_options("")
+    options = [o.removesuffix("|m") for o in needed if o != "CONFIG_SECCOMP_FILTER=y"]
+    (directory / "config").write_text("\n".join(options))
+    await import_kernel(place, directory)
+    assert place.report.warnings == [
+        "containers inside a guest of the kernel own will miss CONFIG_SECCOMP_FILTER=y"
+    ]
+
+
 def lead_out(directory: Path) -> None:
     outside = directory.parent / "outside"
     outside.write_bytes(VMLINUX)
@@ -463,3 +479,26 @@ async def test_a_distributions_initrd_is_refused_with_what_to_give_instead(place
     with pytest.raises(BangerError, match="--modules DIR"):
         await place.register(kernel_ref=None, kernel=str(kernel), initrd=str(initrd))
     assert (list_kernels(place.daemon.paths), list_images(place.daemon.paths)) == ((), ())
+
+
+async def test_a_kernel_of_a_recipe_is_known_and_built_when_no_bundle_has_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+
+    async def build_it(paths: Paths, plan: Any, **options: Any) -> Any:
+        built.append((plan.name, plan.recipe.package, options["force"]))
+
+    monkeypatch.setattr(catalog, "build_kernel", build_it)
+    place.daemon = place.client(index=False)
+    await catalog.obtain_kernel(place.daemon, "generic-6.12", place.report, force=True)
+    assert built == [("generic-6.12", "linux-source-6.12", True)]
+    assert place.report.lines[-1] == (
+        "building the kernel generic-6.12, which takes minutes: no index_url is configured"
+    )
+    rows = await catalog.kernel_catalog(place.daemon, place.report, p.Empty())  # type: ignore[arg-type]
+    (row,) = [k for k in rows.kernels if k.name == "generic-6.12"]
+    assert (row.pulled, row.source) == (False, "built from apt: linux-source-6.12")
+    await place.register(kernel_ref="generic-6.12")
+    with pytest.raises(BangerError, match=r"did you mean 'generic-6\.12'"):
+        await catalog.obtain_kernel(place.daemon, "generic-6.1", place.report)

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from banger.disk.background import Job
 from banger.errors import BangerError
 from banger.kernel import build as kernel_build
 from banger.kernel import build_tools
+from banger.kernel.base_initrd import build_module_members
+from banger.kernel.boot_modules import read_boot_modules
 from banger.kernel.build import log_path, plan_build
 from banger.kernel.entries import find_kernel, verify_kernel
 from banger.units import TIB
@@ -28,7 +31,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path, monkeypatch)
 
 
-async def test_a_built_kernel_is_complete_and_needs_no_modules(place: Place) -> None:
+async def test_a_built_kernel_is_complete_and_needs_no_modules(
+    place: Place, tmp_path: Path
+) -> None:
     record = await place.build()
     assert (record.release, record.kernel_version) == ("6.12.9-banger", "6.12.9-1")
     assert (record.distro, record.arch) == ("debian", "amd64")
@@ -37,12 +42,9 @@ async def test_a_built_kernel_is_complete_and_needs_no_modules(place: Place) -> 
     assert set(files) == {"vmlinux", "initrd.img", "modules.sqfs", "manifest.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files.values()} == {0o444}
     assert verify_kernel(place.paths, NAME) == ()
-    # A guest's modprobe finds what is built in, and nothing to load.
-    listed = subprocess.run(
-        ["unsquashfs", "-cat", str(files["modules.sqfs"]), "modules.builtin"],
-        capture_output=True, check=True, text=True,
-    )  # fmt: skip
-    assert listed.stdout == "kernel/fs/overlayfs/overlay.ko\n"
+    # A guest's modprobe, and whoever pulls it as a bundle, finds all built in and nothing to load.
+    members = read_boot_modules(files["modules.sqfs"], tmp_path, job=Job())
+    assert members == build_module_members({})
     initrd = files["initrd.img"].read_bytes()
     assert b".ko\0" not in initrd
     assert b"banger/modules\0" in initrd
@@ -231,6 +233,13 @@ async def test_sources_of_another_series_are_refused(place: Place) -> None:
     with pytest.raises(BangerError, match=r"holds Linux 6\.13\.9, not a 6\.12"):
         await place.build()
     assert place.left_behind() == []
+
+
+async def test_a_kernel_whose_indexes_lack_what_boots_it_is_refused(place: Place) -> None:
+    place.source.makefile = place.source.makefile.replace("@BOOT_MODULES@", "overlay")
+    with pytest.raises(BangerError, match="no module failover, which a guest needs"):
+        await place.build()
+    assert find_kernel(place.paths, NAME) is None
 
 
 async def test_a_package_without_sources_is_refused(place: Place, tmp_path: Path) -> None:

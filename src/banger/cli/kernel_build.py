@@ -104,20 +104,17 @@ def _text(path: Path | None) -> str | None:
     """The content of a text file of the user's."""
     if path is None:
         return None
+    problem: str
     try:
         with path.open("rb") as f:
             content = f.read(_LIMIT_BYTES + 1)
-        if len(content) > _LIMIT_BYTES:
-            raise ValueError(f"it is larger than {_LIMIT_BYTES >> 20} MiB")
-        return content.decode()
-    except (OSError, ValueError) as e:
-        problem = (
-            e.strerror
-            if isinstance(e, OSError)
-            else "it is no text"
-            if isinstance(e, UnicodeDecodeError)
-            else str(e)
-        )
-        raise BangerError(
-            "bad_request", f"reading {path}: {problem}", hint="banger kernel build --help"
-        ) from e
+        if len(content) <= _LIMIT_BYTES:
+            return content.decode()
+        problem = f"it is larger than {_LIMIT_BYTES >> 20} MiB"
+    except OSError as e:
+        problem = e.strerror or str(e)
+    except UnicodeDecodeError:
+        problem = "it is no text"
+    raise BangerError(
+        "bad_request", f"reading {path}: {problem}", hint="banger kernel build --help"
+    )

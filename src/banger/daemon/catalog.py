@@ -23,7 +23,7 @@ from banger.image.entries import delete_image, find_image, list_images
 from banger.image.recipe import list_recipes, load_recipe
 from banger.kernel.build import build_kernel, plan_build
 from banger.kernel.build_recipe import find_build_recipe, list_build_recipes
-from banger.kernel.entries import find_kernel, list_kernels
+from banger.kernel.entries import list_kernels, refuse_existing
 from banger.kernel.pull import CATALOG, ensure_kernel, find_catalog_kernel, pull_kernel
 from banger.oci.reference import is_explicit
 from banger.progress import Silent
@@ -217,12 +217,7 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
 
 async def kernel_pull(daemon: Daemon, call: Call, params: p.PullKernel) -> KernelRecord:
     """`kernel.pull`: refused without `force` when the entry is here."""
-    if not params.force and find_kernel(daemon.paths, params.name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {params.name} is here already",
-            hint=f"banger kernel show {params.name}",
-        )
+    refuse_existing(daemon.paths, params.name, force=params.force)
     return await obtain_kernel(daemon, params.name, call, force=params.force)
 
 

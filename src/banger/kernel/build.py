@@ -31,13 +31,15 @@ from banger.kernel.compile import (
     read_built_in_indexes,
     read_release,
 )
-from banger.kernel.entries import MODULES, VMLINUX, find_kernel, lock_kernel
+from banger.kernel.entries import MODULES, VMLINUX, find_kernel, lock_kernel, refuse_existing
 from banger.kernel.fragment import format_options
-from banger.kernel.modules import write_module_indexes, write_modules_squashfs
+from banger.kernel.modules import read_load_order, write_module_indexes, write_modules_squashfs
+from banger.kernel.requirements import BOOT_MODULES
 from banger.kernel.signature import read_fingerprints, verify_detached
 from banger.kernel.sources import (
     Tarball,
     decompress_tarball,
+    find_source_package,
     read_signature,
     read_version,
     unpack_source_package,
@@ -139,16 +141,6 @@ async def build_kernel(
     return await run_job(lambda job: _build(paths, build, force, reserve_bytes, job), reporter)
 
 
-def refuse_existing(paths: Paths, name: str, *, force: bool) -> None:
-    """Raises BangerError already_exists where there is an entry of this name, without `force`."""
-    if not force and find_kernel(paths, name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {name} is here already",
-            hint=f"banger kernel show {name}",
-        )
-
-
 def log_path(paths: Paths, name: str) -> Path:
     """Where a failed build leaves what its programs said."""
     return paths.build_cache / "kernels" / f"{name}.log"
@@ -198,13 +190,7 @@ def _find_sources(build: KernelBuild, job: Job) -> _Sources:
     recipe = build.recipe
     if build.tarball is None:
         job.stage("kernel", f"looking for the newest {recipe.package}")
-        package = apt.find_newest(
-            recipe.package.replace(".", r"\."),
-            prefix=recipe.package,
-            suite=recipe.suite,
-            entry=build.name,
-            job=job,
-        )
+        package = find_source_package(recipe, entry=build.name, job=job)
         return _Sources(
             key=(package.name, package.version, package.sha256),
             source=f"build:{package.name}={package.version}",
@@ -321,6 +307,11 @@ def _write_indexes(tree: Path, release: str, scratch: Path, target: Path, job: J
     for index, content in read_built_in_indexes(tree).items():
         (directory / index).write_bytes(content)
     write_module_indexes(base, release, job=job)
+    # Whoever pulls it as a bundle reads there that nothing has to be loaded for a boot.
+    if loaded := read_load_order(directory, BOOT_MODULES):
+        raise BangerError(
+            "operation_failed", f"the kernel {release} has modules, such as {loaded[0]}"
+        )
     write_modules_squashfs(directory, target, job=job)
 
 

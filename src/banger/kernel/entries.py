@@ -66,6 +66,16 @@ def get_kernel(paths: Paths, name: str) -> KernelRecord:
     return record
 
 
+def refuse_existing(paths: Paths, name: str, *, force: bool) -> None:
+    """Raises BangerError already_exists where there is an entry of this name, without `force`."""
+    if not force and find_kernel(paths, name):
+        raise BangerError(
+            "already_exists",
+            f"the kernel {name} is here already",
+            hint=f"banger kernel show {name}",
+        )
+
+
 def list_kernels(paths: Paths) -> tuple[KernelRecord, ...]:
     """All entries, by name."""
     try:

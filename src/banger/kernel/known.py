@@ -1,4 +1,4 @@
-"""Kernels to be had beside published ones: fetched packages, and recipes to build."""
+"""Kernels that this installation can get by itself: packages to fetch, and recipes to build."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from banger.kernel.entries import (
     find_kernel,
     find_manifest,
     lock_kernel,
+    refuse_existing,
     write_manifest,
 )
 from banger.kernel.package import BUILDER_VERSION, build_entry_files
@@ -91,12 +92,7 @@ async def pull_kernel(
             host's apt sources; operation_failed, also with reason disk_full.
     """
     check_entry_name(name, "kernel")
-    if not force and find_kernel(paths, name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {name} is here already",
-            hint=f"banger kernel show {name}",
-        )
+    refuse_existing(paths, name, force=force)
     return await run_job(
         lambda job: _pull(paths, name, force=force, reserve_bytes=reserve_bytes, job=job), reporter
     )

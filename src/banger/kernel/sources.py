@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from banger.errors import BangerError
+from banger.kernel import apt
 from banger.kernel.compression import open_decompressed
 from banger.kernel.deb import open_package_data
 from banger.process import ProcessFailed, get_program
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from banger.disk.background import Job
+    from banger.kernel.build_recipe import KernelRecipe
 
 _TAR_LIMIT_BYTES = 4 * GIB
 _COPY_BYTES = 1 << 20
@@ -62,6 +64,21 @@ def plan_tarball(archive: Path, signature: Path | None) -> Tarball:
                 hint=_HINT,
             )
     return Tarball(archive=archive, signature=beside)
+
+
+def find_source_package(recipe: KernelRecipe, *, entry: str, job: Job) -> apt.KernelPackage:
+    """The newest package of the recipe's sources that this host's apt sees.
+
+    Raises:
+        BangerError: as `apt.find_newest`.
+    """
+    return apt.find_newest(
+        re.escape(recipe.package),
+        prefix=recipe.package,
+        suite=recipe.suite,
+        entry=entry,
+        job=job,
+    )
 
 
 def unpack_source_package(package: Path, tree: Path, *, job: Job) -> None:
