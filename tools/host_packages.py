@@ -87,6 +87,7 @@ TEST = (
     Need("docker-registry", "docker-registry", "", ""),
     Need("skopeo", "skopeo", "skopeo", "skopeo"),
     Need("umoci", "umoci", "", ""),
+    Need("buildah", "buildah", "buildah", "buildah"),
     # A judge of our signatures.
     Need("minisign", "minisign", "minisign", "minisign"),
     # A judge of our initrds; the tests that ask it skip where the distribution has none.

@@ -30,7 +30,7 @@ from banger.image.entries import (
     write_manifest,
 )
 from banger.image.sources import open_source
-from banger.oci.documents import guest_config
+from banger.oci.documents import count_layers, guest_config
 from banger.oci.errors import reading
 from banger.oci.merge import Merged, index_layers, write_merged
 from banger.oci.reference import (
@@ -181,7 +181,7 @@ def _import(
     what = str(plan.reference)
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
-    job.stage("layers", f"reading {len(image.layers)} layers of {what}")
+    job.stage("layers", f"reading {count_layers(len(image.layers))} of {what}")
     index = index_layers(image.layers, what=what, work=job)
     require_room(
         paths,
