@@ -96,6 +96,7 @@ TEST = (
     Need("gpg", "gpg", "gnupg2", "gnupg"),
     Need("gpg-agent", "gpg-agent", "gnupg2", "gnupg"),
     Need("gpgv", "gpgv", "gnupg2", "gnupg"),
+    Need("buildah", "buildah", "buildah", "buildah"),
     # A judge of our signatures.
     Need("minisign", "minisign", "minisign", "minisign"),
     # A judge of our initrds; the tests that ask it skip where the distribution has none.

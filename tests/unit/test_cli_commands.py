@@ -19,7 +19,7 @@ import pytest
 
 from banger.api import params as p
 from banger.api import results as r
-from banger.api.records import VmRecord
+from banger.api.records import ImageRecord, VmRecord
 from banger.errors import BangerError
 from banger.process import read_stat
 from banger.rpc.server import Call
@@ -101,6 +101,29 @@ def test_prune_says_what_goes_what_stays_and_the_limit(
     assert cli(*words).out == line
     assert daemon.asked[0][1].dry_run == dry_run
     assert json.loads(cli(*words, "--json").out)["limit_bytes"] == 10 << 30
+
+
+def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
+    good = ImageRecord(
+        id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
+        rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
+    )  # fmt: skip
+
+    def verify(params: p.NameRef) -> ImageRecord:
+        if params.name == "bad":
+            raise BangerError(
+                "operation_failed",
+                "image bad is not what was stored: rootfs.sqfs: sha256",
+                hint="banger image delete bad",
+                reason="files_changed",
+            )
+        return good
+
+    serve(image__verify=verify)
+    done = cli("image", "verify", "bad", "good")
+    assert (done.status, done.out) == (1, "good ok\n")
+    assert "image bad is not what was stored: rootfs.sqfs: sha256" in done.err
+    assert "hint: banger image delete bad" in done.err
 
 
 # --- looking --------------------------------------------------------------------------------------

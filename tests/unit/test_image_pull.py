@@ -64,7 +64,12 @@ def archive(root: Path, content: bytes = b"1", name: str = "app.tar") -> str:
 
 
 def plan(
-    reference: str, *, name: str | None = None, replace: bool = False, limit: int = 1 << 30
+    reference: str,
+    *,
+    name: str | None = None,
+    replace: bool = False,
+    again: bool = False,
+    limit: int = 1 << 30,
 ) -> PullPlan:
     return plan_pull(
         reference,
@@ -72,6 +77,7 @@ def plan(
         kernel_ref="k",
         name=name,
         replace=replace,
+        again=again,
         reserve_bytes=0,
         cache_limit_bytes=limit,
     )
@@ -144,6 +150,27 @@ async def test_a_tag_that_has_moved_is_said_and_replaced_on_request(
     assert (second.name, second.id != first.id) == ("app-v1", True)
     assert [i.id for i in list_images(paths)] == [second.id]
     assert left_over(paths) == []
+
+
+async def test_an_image_whose_file_was_damaged_is_made_again_on_request(
+    paths: Paths, registry: FakeRegistry
+) -> None:
+    """`image verify` says that a forced pull mends it, also when its tag has not moved."""
+    registry.add(build_image([layer_tar(ENTRIES)]), "v1")
+    reference = f"{registry.host}/team/app:v1"
+    first = await pull_image(paths, plan(reference), reporter=Silent())
+    rootfs = Path(first.rootfs_path)
+    data = bytearray(rootfs.read_bytes())
+    data[200] ^= 1
+    rootfs.chmod(0o644)
+    rootfs.write_bytes(data)
+    assert "sha256" in verify_image(paths, "app-v1")[0]
+    # A VM that asks for the image replaces it only if it is another by now.
+    same = await pull_image(paths, plan(reference, replace=True), reporter=Silent())
+    assert same.id == first.id
+    second = await pull_image(paths, plan(reference, replace=True, again=True), reporter=Silent())
+    assert (second.id != first.id, verify_image(paths, "app-v1")) == (True, ())
+    assert [i.id for i in list_images(paths)] == [second.id]
 
 
 async def test_a_name_of_another_image_is_refused_with_a_way_out(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRecord:
     """`image.pull`: the image of a reference, pulled unless it is here unchanged."""
-    plan = _plan(daemon, params)
+    plan = _plan(daemon, params, again=params.force)
     if plan.replace and (existing := find_image(daemon.paths, plan.name)) is not None:
         refuse_in_use(daemon, existing)
     if find_kernel(daemon.paths, plan.kernel_ref) is None and not is_known_kernel(plan.kernel_ref):
@@ -73,7 +73,7 @@ def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
         )
 
 
-def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:
+def _plan(daemon: Daemon, params: p.PullImage, *, again: bool = False) -> PullPlan:
     return plan_pull(
         params.reference,
         default_registry=daemon.settings.oci_default_registry,
@@ -81,6 +81,7 @@ def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:
         name=params.name,
         platform=params.platform,
         replace=params.force,
+        again=again,
         reserve_bytes=daemon.settings.disk_reserve_bytes,
         cache_limit_bytes=daemon.settings.oci_cache_limit_bytes,
     )

@@ -44,6 +44,7 @@ _MKE2FS_CONF = """\
 		features = has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize
 	}
 """
+_EXTENDED = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1"
 # Any fixed namespace: roles differ in their UUID, since two disks with one UUID in the same guest
 # confuse udev, and the same role has the same UUID in every VM.
 _NAMESPACE = uuid.UUID("5d7f5a4e-2f0f-4c6e-9a55-0b6f2c1d7e10")
@@ -63,7 +64,7 @@ def ensure_template(paths: Paths, role: Role, size_bytes: int) -> Path:
             f"from {format_size(MIN_BYTES)} to {format_size(MAX_BYTES)}",
             hint="banger vm create --help",
         )
-    version = hashlib.sha256(_MKE2FS_CONF.encode()).hexdigest()[:8]
+    version = hashlib.sha256(f"{_MKE2FS_CONF}{_EXTENDED}".encode()).hexdigest()[:8]
     template = paths.templates / f"{role}-{size_bytes}-{version}.ext4"
     if not template.is_file():
         files.ensure_private_directory(paths.templates)
@@ -109,6 +110,11 @@ def extend_disk(disk: Path, size_bytes: int) -> None:
 def _make(template: Path, role: Role, size_bytes: int) -> None:
     mke2fs = get_program("mke2fs", package="e2fsprogs")
     identity = str(uuid.uuid5(_NAMESPACE, role))
+    extended = f"{_EXTENDED},hash_seed={identity}"
+    if size_bytes < MAX_BYTES:
+        # Room in the tables for as much as a disk may grow. By default it is room for 1000 times
+        # the size, which makes 4 MiB that each VM would have its own copy of.
+        extended += f",resize={MAX_BYTES // _BLOCK}"
     try:
         # Beside, then renamed: two that make the same template at once write the same bytes.
         with files.staging_directory(template.parent, "template") as staging:
@@ -119,8 +125,7 @@ def _make(template: Path, role: Role, size_bytes: int) -> None:
                 f.truncate(size_bytes)
             argv = [
                 mke2fs, "-q", "-F", "-t", "ext4", "-L", f"banger-{role}", "-U", identity,
-                "-E",
-                f"root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,hash_seed={identity}",
+                "-E", extended,
                 str(disk),
             ]  # fmt: skip
             run(

@@ -30,7 +30,7 @@ from banger.image.entries import (
     write_manifest,
 )
 from banger.image.sources import open_source
-from banger.oci.documents import guest_config
+from banger.oci.documents import count_layers, guest_config
 from banger.oci.errors import reading
 from banger.oci.merge import Merged, index_layers, write_merged
 from banger.oci.reference import (
@@ -53,12 +53,17 @@ _LEAST_BYTES = 64 * MIB
 
 
 class PullPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for, decided. `replace`: an image of that name may go (nobody uses it)."""
+    """What is asked for, decided.
+
+    `replace`: an image of that name may go (nobody uses it); with `again` it does, also when the
+    reference still means the same, because its file may be damaged.
+    """
 
     reference: RegistryReference | FileReference
     name: str
     kernel_ref: str
     replace: bool
+    again: bool
     reserve_bytes: int
     cache_limit_bytes: int
 
@@ -71,6 +76,7 @@ def plan_pull(
     name: str | None = None,
     platform: str = "linux/amd64",
     replace: bool = False,
+    again: bool = False,
     reserve_bytes: int = 2 * GIB,
     cache_limit_bytes: int = 10 * GIB,
 ) -> PullPlan:
@@ -92,6 +98,7 @@ def plan_pull(
         name=name or default_name(parsed),
         kernel_ref=kernel_ref,
         replace=replace,
+        again=again,
         reserve_bytes=reserve_bytes,
         cache_limit_bytes=cache_limit_bytes,
     )
@@ -146,7 +153,7 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             cache_limit_bytes=plan.cache_limit_bytes,
         ) as source:
             if existing is not None and existing.oci and _is_same(existing, plan):
-                if existing.oci.digest == source.digest:
+                if existing.oci.digest == source.digest and not plan.again:
                     job.stage("image", f"the image {plan.name} is up to date")
                     return existing
                 if not plan.replace:
@@ -181,7 +188,7 @@ def _import(
     what = str(plan.reference)
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
-    job.stage("layers", f"reading {len(image.layers)} layers of {what}")
+    job.stage("layers", f"reading {count_layers(len(image.layers))} of {what}")
     index = index_layers(image.layers, what=what, work=job)
     require_room(
         paths,

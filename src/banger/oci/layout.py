@@ -67,7 +67,7 @@ class _SaveEntry(Document, frozen=True, kw_only=True, rename="pascal"):
 
     config: str
     repo_tags: tuple[str, ...] | None = None
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] | None = None
 
 
 def read_layout(path: Path, tag: str | None) -> OciImage:
@@ -151,7 +151,7 @@ def _is_tagged(entry: _SaveEntry, tag: str) -> bool:
 def _layout_image(files: _Files, digest: str, manifest: Manifest) -> OciImage:
     config = parse_config(_checked(files, manifest.config), len(manifest.layers))
     layers = []
-    for descriptor, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
+    for descriptor, diff_id in zip(manifest.layers, config.rootfs.layers, strict=True):
         name = _blob(descriptor.digest)
         if files.size(name) != descriptor.size:
             raise BadImage(
@@ -171,10 +171,11 @@ def _layout_image(files: _Files, digest: str, manifest: Manifest) -> OciImage:
 
 def _saved_image(files: _Files, entry: _SaveEntry) -> OciImage:
     text = _document(files, entry.config)
-    config = parse_config(text, len(entry.layers))
+    names = entry.layers or ()
+    config = parse_config(text, len(names))
     layers = [
         Layer(diff_id=diff_id, digest=None, size=files.size(name), open=_opener(files, name))
-        for name, diff_id in zip(entry.layers, config.rootfs.diff_ids, strict=True)
+        for name, diff_id in zip(names, config.rootfs.layers, strict=True)
     ]
     return OciImage(digest=digest_of(text), config=config, layers=tuple(layers))
 

@@ -25,6 +25,7 @@ from banger.oci.documents import (
     Manifest,
     check_digest,
     choose_manifest,
+    count_layers,
     digest_of,
     parse_config,
     parse_manifest_or_index,
@@ -135,7 +136,7 @@ class RegistrySource:
                 size=descriptor.size,
                 open=self._opener(descriptor.digest),
             )
-            for descriptor, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True)
+            for descriptor, diff_id in zip(manifest.layers, config.rootfs.layers, strict=True)
         )
         return OciImage(digest=digest, config=config, layers=layers)
 
@@ -220,7 +221,7 @@ class RegistrySource:
         if not quiet:
             here = f", {format_size(cached)} are cached" if cached else ""
             self._work.stage(
-                "download", f"fetching {len(missing)} layers, {format_size(size)}{here}"
+                "download", f"fetching {count_layers(len(missing))}, {format_size(size)}{here}"
             )
         meter = Meter(size, _tell_nobody if quiet else self._work.advance)
         failed = threading.Event()
@@ -255,6 +256,11 @@ class RegistrySource:
         @contextlib.contextmanager
         def ask(headers: Mapping[str, str]) -> Iterator[Response]:
             with self._ask("GET", url, headers) as answer:
+                if answer.status == 404 and descriptor.urls:
+                    raise BadImage(
+                        f"the registry does not have {short(descriptor.digest)}, a foreign layer, "
+                        "which is to be had elsewhere; such images are not supported"
+                    )
                 self._judge(answer)
                 yield answer
 
