@@ -30,6 +30,7 @@ from banger.image.entries import (
     write_manifest,
 )
 from banger.image.sources import open_source
+from banger.names import is_temporary_image
 from banger.oci.documents import guest_config
 from banger.oci.errors import reading
 from banger.oci.merge import Merged, index_layers, write_merged
@@ -60,6 +61,7 @@ class PullPlan(msgspec.Struct, frozen=True, kw_only=True):
     kernel_ref: str
     replace: bool
     reserve_bytes: int
+    install_sshd: bool = False
 
 
 def plan_pull(
@@ -69,6 +71,7 @@ def plan_pull(
     kernel_ref: str,
     name: str | None = None,
     platform: str = "linux/amd64",
+    install_sshd: bool = False,
     replace: bool = False,
     reserve_bytes: int = 2 * GIB,
 ) -> PullPlan:
@@ -90,6 +93,7 @@ def plan_pull(
         name=name or default_name(parsed),
         kernel_ref=kernel_ref,
         replace=replace,
+        install_sshd=install_sshd,
         reserve_bytes=reserve_bytes,
     )
 
@@ -97,7 +101,11 @@ def plan_pull(
 def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     """The image that an earlier pull of this reference made, whatever its tag means by now."""
     wanted = str(plan.reference)
-    found = [i for i in list_images(paths) if i.oci and i.oci.reference == wanted]
+    found = [
+        i
+        for i in list_images(paths)
+        if i.oci and i.oci.reference == wanted and not is_temporary_image(i.name)
+    ]
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
@@ -222,6 +230,7 @@ def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) ->
             rootfs_sha256=identity.sha256,
             rootfs_bytes=identity.size_bytes,
             rootfs_mtime_ns=identity.mtime_ns,
+            install_sshd=plan.install_sshd,
             description=str(plan.reference),
             created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             oci=config,

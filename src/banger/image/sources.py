@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from banger.oci.layout import OciImage, read_docker_archive, read_layout
+from banger.oci.layout import OciImage, read_any_archive, read_docker_archive, read_layout
 from banger.oci.reference import FileReference, RegistryReference
 from banger.oci.unpacked import unpacked_archive
 
@@ -72,6 +72,7 @@ def open_source(
         ) as source:
             yield source
         return
-    read = read_docker_archive if reference.scheme == "docker-archive" else read_layout
+    readers = {"docker-archive": read_docker_archive, "archive": read_any_archive}
+    read = readers.get(reference.scheme, read_layout)
     with unpacked_archive(Path(reference.path), paths.oci_blobs.parent, work=job) as archive:
         yield _Opened(read(archive, reference.tag))

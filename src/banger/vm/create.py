@@ -79,10 +79,12 @@ async def create(
     report: Reporter,
     *,
     owner: OwnerProcess | None = None,
+    building: bool = False,
 ) -> VmRecord:
     """Reserve and, unless `params.start` is false, start a VM of an image that is present.
 
-    `owner` makes it ephemeral: deleted when that process has ended.
+    `owner` makes it ephemeral: deleted when that process has ended. `building`: it is one that an
+    image is made of.
 
     Raises:
         BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
@@ -110,6 +112,7 @@ async def create(
             nat=params.nat,
             ephemeral=owner is not None,
             owner=owner,
+            building=building,
             provisional=True,
             created_at=now,
             updated_at=now,
@@ -140,7 +143,7 @@ async def create(
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
             now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready" and not building
             if kept and now is not None:
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
