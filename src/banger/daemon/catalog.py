@@ -192,10 +192,11 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             if looked.problem is not None:
                 call.warn(f"whether {name} is in the catalog is not known: {looked.problem}")
             return await container_images.image_pull(daemon, call, params)
-    if params.kernel_ref is not None:
+    if params.kernel_ref is not None or params.install_sshd:
+        what = "names its kernel" if params.kernel_ref is not None else "brings its sshd"
         raise BangerError(
             "bad_request",
-            f"pulling {name}: an image of the catalog names its kernel itself",
+            f"pulling {name}: an image of the catalog {what} itself",
             hint=f"banger image pull {name}",
         )
     target = params.name or name

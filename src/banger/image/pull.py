@@ -24,6 +24,7 @@ from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
+    find_manifest,
     get_image,
     list_images,
     lock_image,
@@ -146,7 +147,7 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             if existing is not None and existing.oci and _is_same(existing, plan):
                 if existing.oci.digest == source.digest:
                     job.stage("image", f"the image {plan.name} is up to date")
-                    return existing
+                    return _with_sshd(paths, plan, existing)
                 if not plan.replace:
                     raise BangerError(
                         "already_exists",
@@ -162,6 +163,16 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
                     raise
                 job.warn(f"the cache held damaged layers; they are fetched again ({e})")
             return _import(paths, plan, source.fetch(), source.digest, existing, job)
+
+
+def _with_sshd(paths: Paths, plan: PullPlan, existing: ImageRecord) -> ImageRecord:
+    """The image that is here, marked for an sshd when that is asked for only now."""
+    directory = paths.images / existing.id
+    manifest = find_manifest(directory)
+    if manifest is None or manifest.install_sshd or not plan.install_sshd:
+        return existing
+    write_manifest(directory, msgspec.structs.replace(manifest, install_sshd=True))
+    return get_image(paths, existing.id)
 
 
 def _is_same(image: ImageRecord, plan: PullPlan) -> bool:

@@ -238,11 +238,12 @@ class GuestFiles:
         receive: Callable[[Iterator[bytes]], T],
         *,
         grace_s: float,
+        path: str = "/",
     ) -> T:
         """What `receive` makes of the tar of the whole system, whose services are stopped first."""
         doing = "reading the guest's system"
         params = {
-            "path": "/", "exclude": list(exclude), "enter": list(enter), "grace_s": grace_s,
+            "path": path, "exclude": list(exclude), "enter": list(enter), "grace_s": grace_s,
         }  # fmt: skip
         with self._exchange("capture", params, doing) as channel:
             data = DataReader(channel, doing)

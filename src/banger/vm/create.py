@@ -91,6 +91,11 @@ async def create(
             the rollback failed: it stays in state error, so that it can be deleted.
     """
     admission.check_disk(ctx, 0)
+    if image.install_sshd and not params.nat and not building:
+        report.warn(
+            f"the image {image.name} installs its sshd over the network, and the VM would have "
+            "none: no sshd is installed; see --nat"
+        )
     report.stage("reserve", "reserving name and address")
 
     def build(name: str, address: str) -> VmRecord:
