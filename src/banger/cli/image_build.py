@@ -42,7 +42,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @sizing.sizing_options
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write the root filesystem there and store no image.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an image of that name that no VM uses.")
+@click.option("--force", is_flag=True, help="Replace an image that no VM uses, or the FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @quiet_option
 @verbose_option
@@ -84,9 +84,7 @@ def build(
         raise click.UsageError("either --recipe or --from-image")
     if (name is None) == (output is None):
         raise click.UsageError("either --name or --output")
-    if output is not None and force:
-        raise click.UsageError("--force replaces an image, and --output stores none")
-    if output is not None and output.exists():
+    if output is not None and output.exists() and not force:
         raise BangerError("already_exists", f"there is a file {output}", hint=f"rm {output}")
     params = p.BuildImage(
         name=name or temporary_image_name(),
