@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from boot.installation import IMAGE, SMALL, Installation
+from boot.installation import IMAGE, KERNEL, SMALL, Installation
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_left"),
@@ -42,6 +44,47 @@ echo noise > /var/log/noise.log
 echo gone > /tmp/gone
 echo warned >&2
 """
+
+
+APK = """#!/bin/sh
+echo "$@" >> /etc/apk-asked
+case "$*" in *openssh-server*) printf '#!/bin/sh\\necho "$@" > /run/started; exec sleep 9999\\n' \\
+    > /usr/sbin/sshd; chmod 755 /usr/sbin/sshd;; esac
+"""
+
+
+@pytest.fixture(scope="module")
+def alpine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root filesystem that calls itself Alpine: busybox, and an apk that only writes down."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox is missing")
+    applets = subprocess.run([busybox, "--list"], capture_output=True, check=True, text=True).stdout
+    files = {
+        "bin/busybox": (Path(busybox).read_bytes(), 0o755),
+        "sbin/apk": (APK.encode(), 0o755),
+        "sbin/rc-update": (b'#!/bin/sh\necho rc-update "$@" >> /etc/apk-asked\n', 0o755),
+        "etc/os-release": (b'NAME="Alpine Linux"\nID=alpine\nVERSION_ID=3.20.0\n', 0o644),
+        "etc/passwd": (b"root:x:0:0:root:/root:/bin/ash\n", 0o644),
+        "etc/shadow": (b"root:!::0:::::\n", 0o640),
+        "etc/inittab": (b"::sysinit:/sbin/openrc sysinit\ntty1::respawn:/sbin/getty\n", 0o644),
+    }
+    path = tmp_path_factory.mktemp("alpine") / "alpine-rootfs.tar.xz"
+    with tarfile.open(path, "w:xz", preset=0) as tar:
+        for name in ("bin", "sbin", "etc", "usr", "usr/sbin", "tmp", "root", "var", "var/log"):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(info)
+        for name, (content, mode) in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), mode
+            tar.addfile(info, io.BytesIO(content))
+        for applet in applets.split():
+            if applet not in ("busybox", "init"):
+                info = tarfile.TarInfo(f"bin/{applet}")
+                info.type, info.linkname = tarfile.SYMTYPE, "busybox"
+                tar.addfile(info)
+    return path
 
 
 @pytest.fixture
@@ -137,3 +180,64 @@ def test_a_build_that_fails_or_is_interrupted_leaves_nothing(
     _, rest = p.communicate(timeout=60)
     assert p.returncode == 130, rest
     assert [i["name"] for i in banger.json("image", "list", "--json")] == [IMAGE]
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_alpine_is_built_from_an_archive_with_its_own_package_manager(
+    banger: Installation, alpine: Path
+) -> None:
+    build = ("image", "build", "--name", "alpine", "--recipe", "alpine", *SMALL)
+    done = banger.ok(*build, "--archive", str(alpine))
+    assert "installing packages for alpine (openrc, openssh, bash" in done.err
+    record = banger.json("image", "show", "alpine")
+    assert (record["distro"], record["recipe"], record["kernel_ref"], record["oci"]) == (
+        "alpine", "alpine", KERNEL, None,
+    )  # fmt: skip
+    script = "cat /etc/apk-asked /etc/shadow /etc/inittab"
+    ran = banger("vm", "run", "--rm", "-q", *SMALL, "--image", "alpine", "--", "sh", "-c", script)
+    asked, enabled, shadow, *inittab = ran.text.splitlines()
+    assert asked.startswith("add --no-progress --update-cache -- openrc openssh bash build-base ")
+    assert enabled == "rc-update add sshd default"
+    assert shadow.startswith("root:*:")
+    assert inittab == ["::sysinit:/sbin/openrc sysinit", "#tty1::respawn:/sbin/getty"]
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_a_base_that_cannot_be_fetched_names_the_archive_as_another_way(
+    banger: Installation, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'name = "mine"\ndistro = "alpine"\narch = ["amd64"]\nfrom = "oci:127.0.0.1:1/mine:1"\n'
+    )
+    done = banger("image", "build", "--name", "mine", "--recipe", str(recipe))
+    assert done.status == 1
+    assert "--archive FILE" in done.err
+    done = banger("image", "build", "--name", "v", "--recipe", "void")
+    assert "it takes its root from an archive: --archive FILE" in done.err
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_an_image_without_sshd_installs_one_at_its_first_boot(
+    banger: Installation, alpine: Path
+) -> None:
+    reference = f"archive:{alpine}"
+    banger.ok("image", "pull", reference, "--install-sshd", "--name", "bare")
+    assert banger.json("image", "show", "bare")["install_sshd"] is True
+    run = ("vm", "run", "-q", *SMALL, "--image", "bare", "--nat", "--name", "bare", "--")
+    script = """until [ -e /run/started ]; do sleep 0.2; done
+cat /run/started /etc/apk-asked
+grep -c openssh-server /var/log/banger-first-boot.log
+cat /etc/ssh/sshd_config.d/00-banger.conf | head -n 2"""
+    done = banger(*run, "sh", "-c", script)
+    assert done.text.splitlines() == [
+        "-D",
+        "add --no-progress --update-cache -- openssh-server",
+        "1",
+        "# Written by banger at each boot.",
+        "PermitRootLogin prohibit-password",
+    ], done.err + banger.evidence()
+    banger.ok("vm", "delete", "bare")
+    created = banger.ok("vm", "create", "-q", "--no-start", *SMALL, "--image", "bare")
+    assert "warning: the image bare installs its sshd over the network" in created.err
+    banger.ok("vm", "delete", created.text.strip())
