@@ -106,6 +106,8 @@ TEST = (
     Need("/usr/share/doc/libgit2-fixtures", "libgit2-fixtures", "", ""),
     # A judge of our units; it starts nothing.
     Need("systemd-analyze", "systemd", "systemd", "systemd"),
+    # Statically linked: what a small root filesystem of the tests consists of.
+    Need("busybox", "busybox-static", "busybox", "busybox"),
 )
 
 

@@ -42,6 +42,10 @@ type Machine interface {
 	Filesystems() []string
 	// AddEntropy credits seed to the kernel's generator and reseeds it.
 	AddEntropy(seed []byte) error
+	// FirstBoot is how what belongs to the first boot goes: running, done, failed, or nothing.
+	FirstBoot() string
+	// Settle stops what writes to the disks, for a capture.
+	Settle(grace time.Duration)
 	// Stop ends the machine; it is called after the answer has been sent.
 	Stop(grace time.Duration)
 }

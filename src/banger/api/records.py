@@ -68,6 +68,9 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     ephemeral: bool = False
     """Deleted when the command that made it ends (`vm run --rm`)."""
     owner: OwnerProcess | None = None
+    building: bool = False
+    """A throw-away machine that an image is made of: nothing of the owner goes into it, and a
+    daemon that finds it removes it."""
     provisional: bool = False
     """Its create has not been answered yet: a daemon that finds it so removes it."""
     vmm: VmmName | None = None
@@ -118,6 +121,8 @@ class ImageRecord(Wire, frozen=True, kw_only=True):
     features: tuple[str, ...] = ()
     recipe: str | None = None
     optional_missing: tuple[str, ...] = ()
+    install_sshd: bool = False
+    """A VM of it installs openssh-server at its first boot, if it has a way out."""
     description: str = ""
     created_at: str = ""
     oci: ImageConfig | None = None

@@ -142,7 +142,7 @@ image = LazyGroup(
         "list": ("image:list_images", "List images."),
         "show": ("image:show", "Show one image's record as JSON."),
         "pull": ("image_pull:pull", "Fetch an image of the catalog, or a container image."),
-        "build": ("image:build", "Build an image from a recipe."),
+        "build": ("image_build:build", "Build an image from a recipe or another image."),
         "register": ("image_files:register", "Make an image of a root filesystem of yours."),
         "promote": ("image_files:promote", "Copy a registered image into banger's storage."),
         "export": ("export:export_image", "Write an image as a bundle that others can pull."),

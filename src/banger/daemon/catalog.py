@@ -6,6 +6,7 @@ lists. Whoever asks hears in one line what was chosen and why.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from banger.api import catalog as c
 from banger.api import params as p
 from banger.catalog.index import Index, IndexEntry, Kind
 from banger.catalog.published import Published
-from banger.daemon import confinement, container_images
+from banger.daemon import confinement, container_images, image_builds
 from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
@@ -115,6 +116,8 @@ async def obtain_image(
             report.warn(f"no bundle of the image {name}, so it is built here: {problem}")
             why = "its bundle could not be had"
         report.stage("resolve_image", f"building the image {name} from its recipe: {why}")
+        if not load_recipe(name).recipe.bootstrapped:
+            return await _build_in_machine(daemon, name, report, target, replaced)
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
         if replaced is not None:
             await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
@@ -129,6 +132,19 @@ async def obtain_image(
         raise problem
     known = [*recipes, *looked.names("image"), *(i.name for i in list_images(daemon.paths))]
     raise _unknown("image", name, known, hint="banger image list")
+
+
+async def _build_in_machine(
+    daemon: Daemon, name: str, report: Reporter, target: str, replaced: ImageRecord | None
+) -> ImageRecord:
+    # Of two who want it at once, the second takes what the first has made.
+    async with daemon.image_locks.setdefault(target, asyncio.Lock()):
+        found = find_image(daemon.paths, target)
+        if found is not None and (replaced is None or found.id != replaced.id):
+            return found
+        return await image_builds.build_in_machine(
+            daemon, report, load_recipe(name), build.NO_EXTRAS, name=target, replaced=replaced
+        )
 
 
 async def obtain_kernel(
@@ -194,10 +210,11 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             if looked.problem is not None:
                 call.warn(f"whether {name} is in the catalog is not known: {looked.problem}")
             return await container_images.image_pull(daemon, call, params)
-    if params.kernel_ref is not None:
+    if params.kernel_ref is not None or params.install_sshd:
+        what = "names its kernel" if params.kernel_ref is not None else "brings its sshd"
         raise BangerError(
             "bad_request",
-            f"pulling {name}: an image of the catalog names its kernel itself",
+            f"pulling {name}: an image of the catalog {what} itself",
             hint=f"banger image pull {name}",
         )
     target = params.name or name

@@ -20,6 +20,7 @@ from banger import __version__
 from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
+from banger.daemon.image_builds import remove_abandoned_bases
 from banger.daemon.leftovers import sweep_leftovers
 from banger.daemon.names import Names
 from banger.daemon.sweeps import Sweeps
@@ -89,6 +90,9 @@ class Daemon:
         self.server: Server | None = None
         self.workspace_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
+
+        self.image_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Image name → the order of builds of it that take a machine."""
 
     @classmethod
     async def open(cls, paths: Paths) -> Daemon:
@@ -201,6 +205,7 @@ class Daemon:
         await self.names.open()
         await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)
+        remove_abandoned_bases(self)
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:

@@ -41,7 +41,7 @@ async def image_register(daemon: Daemon, call: Call, params: c.RegisterImage) ->
     if kernel_ref is None:
         kernel_ref = (await _make_kernel(daemon, call, params)).name
     else:
-        await _refuse_unknown(daemon, call, kernel_ref)
+        await refuse_unknown_kernel(daemon, call, kernel_ref)
     try:
         return await register_image(
             daemon.paths,
@@ -91,7 +91,8 @@ async def _make_kernel(daemon: Daemon, call: Call, params: c.RegisterImage) -> K
     )
 
 
-async def _refuse_unknown(daemon: Daemon, call: Call, kernel: str) -> None:
+async def refuse_unknown_kernel(daemon: Daemon, call: Call, kernel: str) -> None:
+    """Raises BangerError, not_found, for a kernel that is neither here nor in the catalog."""
     if find_kernel(daemon.paths, kernel) is not None or is_known_kernel(kernel):
         return
     looked = await catalog.look(daemon, call)

@@ -48,6 +48,8 @@ class Health(Wire, frozen=True, kw_only=True):
     hostname: _Text
     init: _Text
     init_state: _Text = ""
+    first_boot: _Text = ""
+    """How the installation of an sshd goes: running, done, failed; nothing where none is due."""
 
 
 class Listener(Wire, frozen=True, kw_only=True):

@@ -206,6 +206,7 @@ def _record(directory: Path, m: ImageManifest) -> ImageRecord:
         features=m.features,
         recipe=m.recipe,
         optional_missing=m.optional_missing,
+        install_sshd=m.install_sshd,
         description=m.description,
         created_at=m.created_at,
         oci=m.oci,

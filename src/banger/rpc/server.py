@@ -79,6 +79,15 @@ class Call:
 
         return send
 
+    def line_sender(self) -> Callable[[str], None]:
+        """What shows a line of a program's output, from a worker thread, at the client's pace."""
+        loop = asyncio.get_running_loop()
+
+        def send(line: str) -> None:
+            asyncio.run_coroutine_threadsafe(self.event({"output": line}), loop).result()
+
+        return send
+
     async def finish(self, result: Any, *, fds: tuple[int, ...] = ()) -> None:
         """Send the one answer. The descriptors stay the caller's to close."""
         await self.drain_events()

@@ -84,16 +84,23 @@ async def create(
     report: Reporter,
     *,
     owner: OwnerProcess | None = None,
+    building: bool = False,
 ) -> VmRecord:
     """Reserve and, unless `params.start` is false, start a VM of an image that is present.
 
-    `owner` makes it ephemeral: deleted when that process has ended.
+    `owner` makes it ephemeral: deleted when that process has ended. `building`: it is one that an
+    image is made of.
 
     Raises:
         BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
             the rollback failed: it stays in state error, so that it can be deleted.
     """
     admission.check_disk(ctx, "creating a VM")
+    if image.install_sshd and not params.nat and not building:
+        report.warn(
+            f"the image {image.name} installs its sshd over the network, and the VM would have "
+            "none: no sshd is installed; see --nat"
+        )
     report.stage("reserve", "reserving name and address")
 
     def build(name: str, address: str) -> VmRecord:
@@ -115,6 +122,7 @@ async def create(
             nat=params.nat,
             ephemeral=owner is not None,
             owner=owner,
+            building=building,
             provisional=True,
             created_at=now,
             updated_at=now,
@@ -138,7 +146,7 @@ async def create(
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
             now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready" and not building
             if kept and now is not None:
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
                 ctx.store.update(vm.id, ephemeral=False, owner=None)

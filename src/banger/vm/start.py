@@ -88,7 +88,8 @@ async def start(
     timer.stage("plan", "planning")
     async with step("start.plan"):
         plan = await _plan(ctx, vm, image, kernel, driver)
-    entries = choose_entries(ctx.settings.file_sync, first_start=not vm.files_synced)
+    synced = () if vm.building else ctx.settings.file_sync
+    entries = choose_entries(synced, first_start=not vm.files_synced)
     files = await asyncio.to_thread(plan_file_sync, entries, ctx.home)
     for warning in files.warnings:
         report.warn(warning)
@@ -150,7 +151,7 @@ async def start(
                     async with step("start.file_sync"):
                         await send_files(client, files, exited, vm.name)
             except BangerError as e:
-                if e.reason == "guest_not_ready":
+                if e.reason == "guest_not_ready" and not vm.building:
                     # It may still come up: the VM is kept, its console tells more.
                     undo.keep()
                     _publish(ctx, vm, driver, process, None)
@@ -230,8 +231,9 @@ async def _plan(
         secrets=read_secrets(ctx.vm_paths(vm.id)),
         settings=ctx.settings,
         capabilities=driver.capabilities,
-        authorized_keys=ctx.authorized_keys(),
-        git_identity=ctx.git_identity(),
+        # What a build's machine has of its owner would be in the image.
+        authorized_keys=() if vm.building else ctx.authorized_keys(),
+        git_identity=None if vm.building else ctx.git_identity(),
         agent_host_port=_free_port() if vm.network == "user" else None,
         jailing=await ctx.jailing() if driver.name == "firecracker" else None,
         uplink_mtu=find_uplink_mtu() if vm.nat else None,
@@ -376,7 +378,7 @@ def _publish(
     record = ctx.store.update(
         vm.id,
         state="running",
-        provisional=False,
+        provisional=vm.building,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
         files_synced=vm.files_synced or announcement is not None,
