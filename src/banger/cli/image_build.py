@@ -123,6 +123,7 @@ def _move_out(image: ImageRecord, output: Path) -> ImageRecord:
     beside = output.with_name(f".{output.name}.{image.id[:8]}")
     try:
         files.clone(Path(image.rootfs_path), beside, mode=0o644)
+        files.sync_file(beside)
         beside.replace(output)
     except OSError as e:
         raise BangerError(

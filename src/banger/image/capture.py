@@ -25,8 +25,8 @@ from banger.image.entries import (
     ImageManifest,
     find_image,
     find_manifest,
-    get_image,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.register import refuse_existing
@@ -113,8 +113,7 @@ def capture_image(paths: Paths, guest: GuestFiles, new: NewImage, job: Job) -> I
         _require_space(paths, new, _LEAST_BYTES)
         job.stage("capture", f"stopping the services of the machine for {new.name}")
         with files.staging_directory(paths.images, f"build-{new.name}") as staging:
-            image_id = secrets.token_hex(16)
-            directory = staging / image_id
+            directory = staging / secrets.token_hex(16)
             directory.mkdir(mode=0o755)
 
             def receive(chunks: Iterator[bytes]) -> None:
@@ -124,16 +123,7 @@ def capture_image(paths: Paths, guest: GuestFiles, new: NewImage, job: Job) -> I
             job.check()
             job.stage("publish", f"storing the image {new.name}")
             _describe(paths, directory, new)
-            if existing is not None:
-                (paths.images / existing.id).rename(staging / existing.id)
-            try:
-                directory.rename(paths.images / image_id)
-            except OSError:
-                if existing is not None:
-                    (staging / existing.id).rename(paths.images / existing.id)
-                raise
-            files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+            return publish_image(paths, directory, replaced=existing, aside=staging)
 
 
 def _write(paths: Paths, directory: Path, new: NewImage, chunks: Iterator[bytes], job: Job) -> None:
