@@ -9,6 +9,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     refusals,
     jail,
     services,
+    power,
     figures,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "jail",
     "lifecycle",
     "network",
+    "power",
     "refusals",
     "services",
     "workspace",
