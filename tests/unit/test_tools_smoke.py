@@ -222,7 +222,8 @@ def test_a_host_whose_processor_stands_still_is_known(
 
 # A host that is killed when it asks for it, and asks for work again when it is booted anew.
 _CUT = """
-    echo '@event {"want": true}'; read -r words
+    work() { words=; while [ -z "$words" ]; do read -r words || exit 1; done; }
+    echo '@event {"want": true}'; work
     case $words in
     s1)
         echo '@event {"start": "s1"}'
@@ -232,7 +233,7 @@ _CUT = """
     "again 7 s1")
         echo '@event {"start": "s1"}'
         echo '@event {"end": "s1", "result": "pass", "seconds": 1}'
-        echo '@event {"want": true}'; read -r words
+        echo '@event {"want": true}'; work
         test "$words" = end;;
     esac
 """
