@@ -10,6 +10,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     images,
     jail,
     services,
+    power,
     figures,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "jail",
     "lifecycle",
     "network",
+    "power",
     "refusals",
     "services",
     "workspace",
