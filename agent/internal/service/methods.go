@@ -20,6 +20,7 @@ func (c *call) dispatch() error {
 		"health":    (*call).health,
 		"ports":     (*call).ports,
 		"stat":      (*call).stat,
+		"place":     (*call).place,
 		"stats":     (*call).stats,
 		"sync":      (*call).sync,
 		"time":      (*call).time,
@@ -40,6 +41,9 @@ func (c *call) dispatch() error {
 		"put":      (*call).put,
 		"get":      (*call).get,
 		"scan":     (*call).scan,
+		"digest":   (*call).digest,
+		"read":     (*call).read,
+		"put_file": (*call).putFile,
 		"dial":     (*call).dial,
 		"shutdown": (*call).shutdown,
 

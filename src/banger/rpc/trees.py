@@ -103,9 +103,14 @@ class GuestFiles:
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
-    def _exchange(
+    def exchange(
         self, method: str, params: dict[str, Any], doing: str
     ) -> Iterator[BlockingChannel]:
+        """A connection on which a method was asked for and has begun to answer.
+
+        Raises:
+            BangerError: the agent's own error; connection_lost; cancelled.
+        """
         sock = self._connect()
         sock.setblocking(True)
         with self._guard:
@@ -125,28 +130,38 @@ class GuestFiles:
                 self._open.discard(sock)
             sock.close()
 
-    def stat(self, path: str) -> PathFacts | None:
-        """What a path leads to; None when nothing is there."""
-        doing = f"looking at {path} in the guest"
+    def call(self, method: str, params: dict[str, Any], doing: str) -> Any:
+        """A method with one result, which is for the caller to check.
+
+        Raises:
+            BangerError: the agent's own error; connection_lost.
+        """
         sock = self._connect()
         sock.setblocking(True)
         channel = BlockingChannel(sock)
         try:
-            channel.write_document(self._request("stat", {"path": path}))
-            reply = decode_reply(channel.read_line(), doing)
-            return msgspec.convert(reply.result, type=PathFacts)
+            channel.write_document(self._request(method, params))
+            return decode_reply(channel.read_line(), doing).result
+        except ConnectionError as e:
+            raise connection_lost(doing) from e
+        finally:
+            sock.close()
+
+    def stat(self, path: str) -> PathFacts | None:
+        """What a path leads to; None when nothing is there."""
+        doing = f"looking at {path} in the guest"
+        try:
+            return msgspec.convert(self.call("stat", {"path": path}, doing), type=PathFacts)
         except BangerError as e:
             if e.code == "not_found":
                 return None
             raise
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
-        finally:
-            sock.close()
 
-    def scan(self, path: str) -> dict[bytes, Entry] | None:
-        """Everything below a directory, without the inside of `.git` directories; None when the
-        directory is not there.
+    def scan(self, path: str, *, inside_git: bool = False) -> dict[bytes, Entry] | None:
+        """Everything below a directory, without the inside of `.git` directories unless that is
+        asked for; None when the directory is not there.
 
         Raises:
             BangerError: it cannot be read; more than `MAX_ENTRIES` entries, or a malformed one.
@@ -154,7 +169,7 @@ class GuestFiles:
         doing = f"listing {path} in the guest"
         found: dict[bytes, Entry] = {}
         try:
-            with self._exchange("scan", {"path": path}, doing) as channel:
+            with self.exchange("scan", {"path": path, "git": inside_git}, doing) as channel:
                 data = DataReader(channel, doing)
                 rest = b""
                 while (chunk := data.next_chunk()) is not None:
@@ -168,11 +183,23 @@ class GuestFiles:
             raise BangerError("operation_failed", f"{doing}: the answer is cut")
         return found
 
-    def get(self, path: str, names: list[bytes] | None, receive: Callable[[BinaryIO], T]) -> T:
-        """What `receive` makes of a tar of `path`, or of some names below it."""
+    def get(
+        self,
+        path: str,
+        names: list[bytes] | None,
+        receive: Callable[[BinaryIO], T],
+        *,
+        inverted: bool = False,
+    ) -> T:
+        """What `receive` makes of a tar of `path`, or of some names below it; `inverted`: of all
+        but these files, other names of which are links to them."""
         doing = f"fetching files of {path} from the guest"
-        params: dict[str, Any] = {"path": path, "names": names is not None}
-        with self._exchange("get", params, doing) as channel:
+        params: dict[str, Any] = {
+            "path": path,
+            "names": names is not None and not inverted,
+            "except": names is not None and inverted,
+        }
+        with self.exchange("get", params, doing) as channel:
             if names is not None:
                 with DataWriter(channel).buffered() as out:
                     out.writelines(n + b"\0" for n in names)
@@ -193,7 +220,7 @@ class GuestFiles:
         """
         doing = f"copying files to {path} in the guest"
         params = {"path": path, "mode": mode, "owner": None, "report": True}
-        with self._exchange("put", params, doing) as channel:
+        with self.exchange("put", params, doing) as channel:
             data = DataReader(channel, doing)
             try:
                 with DataWriter(channel).buffered() as out:
@@ -226,7 +253,7 @@ class GuestFiles:
             "argv": argv, "cwd": cwd, "env": {"LC_ALL": "C.UTF-8"}, "user": "root", "tty": None,
             "login": False,
         }  # fmt: skip
-        with self._exchange("exec", params, doing) as channel:
+        with self.exchange("exec", params, doing) as channel:
             waiting = memoryview(stdin)
             credit, open_ = _STDIN_CREDIT, True
             while True:
