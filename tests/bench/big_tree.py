@@ -88,8 +88,11 @@ class _Bench:
         self._in_guest(f"rm -rf {_THEIRS}; sync")
         self.prepare_again()
         export_load = load()
-        self._in_guest(f"cd {_OURS}; for d in module00*; do echo x >> $d/$(ls $d | head -n 1); done")
-        exported, fetched = [], []
+        self._in_guest(
+            f"cd {_OURS}; for d in module00*; do echo x >> $d/$(ls $d | head -n 1); done"
+        )
+        exported: list[float] = []
+        fetched: list[float] = []
         for number in range(runs):
             sides = [(self.export, exported), (self.fetch, fetched)]
             for side, series in sides if number % 2 == 0 else sides[::-1]:

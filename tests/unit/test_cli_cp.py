@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+
 import pytest
 
 from banger.cli.server import Server
@@ -192,9 +193,7 @@ def test_part_that_is_not_ours_is_never_written_to(
         assert not (back / "secret").exists()
 
 
-def test_parts_of_long_ago_are_cleaned_up(
-    banger: CommandLine, here: Path, tmp_path: Path
-) -> None:
+def test_parts_of_long_ago_are_cleaned_up(banger: CommandLine, here: Path, tmp_path: Path) -> None:
     back = tmp_path / "back"
     back.mkdir()
     parts = [back / os.fsdecode(part_name(name)) for name in (b"one", b"two", b"three")]
@@ -213,9 +212,7 @@ def test_parts_of_long_ago_are_cleaned_up(
     )
 
 
-def test_two_copies_to_one_name_do_not_mix(
-    banger: CommandLine, here: Path, tmp_path: Path
-) -> None:
+def test_two_copies_to_one_name_do_not_mix(banger: CommandLine, here: Path, tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     with Partial(directory, b"tool"):
         done = banger("vm", "cp", f"web:{here}/tool", str(tmp_path))

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -22,6 +23,62 @@ const partPrefix = stagingPrefix + "part-"
 
 // partKept is how long the part of an interrupted copy waits for the next one.
 const partKept = 7 * 24 * time.Hour
+
+// partWait is how long a call waits for another one of the same name: its connection may have been
+// cut, and it has not heard of that yet.
+const partWait = 5 * time.Second
+
+// gathering holds the parts that a call is at: directory and name.
+var gathering = struct {
+	sync.Mutex
+	held map[string]chan struct{}
+}{held: map[string]chan struct{}{}}
+
+// claimPart makes a part the caller's until it is released.
+func claimPart(dir int, name string) (release func(), err error) {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(dir, &st); err != nil {
+		return nil, err
+	}
+	key := fmt.Sprintf("%d:%d/%s", st.Dev, st.Ino, name)
+	late := time.NewTimer(partWait)
+	defer late.Stop()
+	for {
+		gathering.Lock()
+		other, held := gathering.held[key]
+		if !held {
+			done := make(chan struct{})
+			gathering.held[key] = done
+			gathering.Unlock()
+			return func() {
+				gathering.Lock()
+				defer gathering.Unlock()
+				delete(gathering.held, key)
+				close(done)
+			}, nil
+		}
+		gathering.Unlock()
+		select {
+		case <-other:
+		case <-late.C:
+			e := wire.Errorf(wire.AlreadyExists, "another copy to this name is under way")
+			e.Reason = "in_use"
+			return nil, e
+		}
+	}
+}
+
+// isHeld tells whether a call is at a part.
+func isHeld(dir int, name string) bool {
+	var st syscall.Stat_t
+	if syscall.Fstat(dir, &st) != nil {
+		return true
+	}
+	gathering.Lock()
+	defer gathering.Unlock()
+	_, held := gathering.held[fmt.Sprintf("%d:%d/%s", st.Dev, st.Ino, name)]
+	return held
+}
 
 // File is what is to be received: name is below the directory path, size in bytes.
 type File struct {
@@ -71,6 +128,11 @@ func putFile(parts []string, f File, r io.Reader, answer io.Writer) (Counts, err
 	defer syscall.Close(dir)
 	removeStale(dir)
 	name := parts[len(parts)-1]
+	release, err := claimPart(dir, PartName(name))
+	if err != nil {
+		return Counts{}, err
+	}
+	defer release()
 	p, err := openPart(dir, name)
 	if err != nil {
 		return Counts{}, err
@@ -144,7 +206,7 @@ func placePart(dir int, part, name string) error {
 	return err
 }
 
-// part is an open part file, locked.
+// part is an open part file.
 type part struct {
 	name string
 	file *os.File
@@ -167,8 +229,8 @@ func openPart(dir int, name string) (*part, error) {
 			return nil, err
 		}
 		p.file = os.NewFile(uintptr(fd), p.name)
-		held, err := p.hold(dir)
-		if held {
+		ours, err := p.isOurs(dir)
+		if ours {
 			return p, nil
 		}
 		p.file.Close()
@@ -179,17 +241,9 @@ func openPart(dir int, name string) (*part, error) {
 	return nil, wire.Errorf(wire.OperationFailed, "put_file: somebody keeps exchanging %s", p.name)
 }
 
-// hold locks the part; false without an error: it was not ours, or has just got its final name.
-func (p *part) hold(dir int) (bool, error) {
+// isOurs tells whether the part is a file of our own, and still has its name. What is not, goes.
+func (p *part) isOurs(dir int) (bool, error) {
 	fd := int(p.file.Fd())
-	if err := syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		if err == syscall.EWOULDBLOCK {
-			e := wire.Errorf(wire.AlreadyExists, "put_file: another copy to this name is under way")
-			e.Reason = "in_use"
-			return false, e
-		}
-		return false, err
-	}
 	var st syscall.Stat_t
 	if err := syscall.Fstat(fd, &st); err != nil {
 		return false, err
@@ -284,6 +338,5 @@ func isStalePart(dir int, name string) bool {
 	if err := syscall.Fstat(fd, &st); err != nil {
 		return false
 	}
-	return time.Since(time.Unix(st.Mtim.Unix())) > partKept &&
-		syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB) == nil
+	return time.Since(time.Unix(st.Mtim.Unix())) > partKept && !isHeld(dir, name)
 }

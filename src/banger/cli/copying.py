@@ -107,9 +107,7 @@ class Copying:
         self._told = self._done
         of = f" of {format_size(self._total)}" if self._total else ""
         size = f"{format_size(self._done)}{of}, " if self._total else ", "
-        self._painter(
-            {"done": self._done, "total": self._total, "detail": f"{size}{self._rate()}"}
-        )
+        self._painter({"done": self._done, "total": self._total, "detail": f"{size}{self._rate()}"})
 
     def _rate(self) -> str:
         took = max(time.monotonic() - self._began, 0.001)

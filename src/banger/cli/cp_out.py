@@ -79,9 +79,7 @@ def _download_file(copying: Copying, source: str, target: Path) -> None:
         _fetch(copying, source, b"", landing, [name])
 
 
-def _fetch(
-    copying: Copying, path: str, name: bytes, landing: Landing, parts: list[bytes]
-) -> None:
+def _fetch(copying: Copying, path: str, name: bytes, landing: Landing, parts: list[bytes]) -> None:
     """One file, from where an earlier copy has stopped."""
     with Partial(landing.directory(parts[:-1]), parts[-1]) as part:
 
@@ -118,8 +116,8 @@ class _Plan(NamedTuple):
 
 def _download_directory(copying: Copying, source: str, target: Path) -> None:
     if target.is_dir() and not source.endswith("/."):
-        name = source.rstrip("/").rpartition("/")[2]
-        target = target / name if name not in ("", ".", "..") else target
+        base = source.rstrip("/").rpartition("/")[2]
+        target = target / base if base not in ("", ".", "..") else target
     doing = f"copying {source}"
     scan = copying.guest.scan(source, inside_git=True)
     if scan is None:

@@ -164,9 +164,7 @@ class Partial:
     def place(self, mode: int) -> None:
         """It is whole: it gets permission bits and its name, in place of what has it."""
         os.fchmod(self._fd, mode & 0o777)
-        os.rename(
-            self._name, self._target, src_dir_fd=self._directory, dst_dir_fd=self._directory
-        )
+        os.rename(self._name, self._target, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._placed = True
 
 
