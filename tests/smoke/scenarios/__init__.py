@@ -5,6 +5,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     lifecycle,
     workspace,
     changes,
+    agents,
     network,
     refusals,
     jail,
@@ -13,6 +14,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
 )
 
 __all__ = [
+    "agents",
     "changes",
     "commands",
     "figures",
