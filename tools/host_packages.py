@@ -78,6 +78,8 @@ TEST = (
     Need("tmux", "tmux", "tmux", "tmux"),
     Need("vim", "vim", "vim-enhanced", "vim"),
     Need("less", "less", "less", "less"),
+    # What the bench compares the way of repositories with.
+    Need("rsync", "rsync", "rsync", "rsync"),
     Need("fakeroot", "fakeroot", "fakeroot", "fakeroot"),
     Need("cpio", "cpio", "cpio", "cpio"),
     Need("dig", "dnsutils", "bind-utils", "bind"),

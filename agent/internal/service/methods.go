@@ -21,6 +21,7 @@ func (c *call) dispatch() error {
 		"health":    (*call).health,
 		"ports":     (*call).ports,
 		"stat":      (*call).stat,
+		"place":     (*call).place,
 		"stats":     (*call).stats,
 		"sync":      (*call).sync,
 		"time":      (*call).time,
@@ -45,6 +46,9 @@ func (c *call) dispatch() error {
 		"scan":     (*call).scan,
 		"install":  (*call).install,
 		"capture":  (*call).capture,
+		"digest":   (*call).digest,
+		"read":     (*call).read,
+		"put_file": (*call).putFile,
 		"dial":     (*call).dial,
 		"shutdown": (*call).shutdown,
 

@@ -23,11 +23,21 @@ import (
 //
 // Errors: not_found, or the reading or writing that failed. A file that changes while it is read
 // is cut or filled with zeros to the size it had.
-func Get(path string, w io.Writer) (Counts, error) {
+func Get(path string, w io.Writer) (Counts, error) { return GetExcept(path, nil, w) }
+
+// GetExcept is Get without the content of some files, which the receiver has: what is another name
+// of one of them is a link to it all the same.
+func GetExcept(path string, except []string, w io.Writer) (Counts, error) {
 	if _, err := splitPath(path); err != nil {
 		return Counts{}, err
 	}
 	p := &packer{tar: tar.NewWriter(w), links: map[inode]string{}, buf: make([]byte, 256<<10)}
+	if len(except) > 0 {
+		p.except = make(map[string]bool, len(except))
+		for _, name := range except {
+			p.except[name] = true
+		}
+	}
 	if err := p.root(path); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
 			return p.counts, wire.Errorf(wire.NotFound, "get: %s does not exist", path)
@@ -42,6 +52,7 @@ type inode struct{ dev, ino uint64 }
 type packer struct {
 	tar    *tar.Writer
 	links  map[inode]string // first names of files with several
+	except map[string]bool
 	plain  bool
 	whole  *whole // nil unless all of a system is packed
 	counts Counts
@@ -225,6 +236,9 @@ func (p *packer) regular(dir int, name string, h *tar.Header, st syscall.Stat_t)
 	h.Typeflag = tar.TypeReg
 	if p.linked(h, st) {
 		return p.tar.WriteHeader(h)
+	}
+	if p.except[h.Name] {
+		return nil
 	}
 	// Non-blocking: the name may be a FIFO by now.
 	fd, err := kernel.Openat(dir, name, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)

@@ -129,9 +129,19 @@ async def put(
         )
         done = prepare(what)
         write_manifest(directory, done.manifest)
+        if done.manifest.workspace.mise:
+            _trust(guest, shipment.guest_path)
         return done
 
     return await in_guest(daemon, vm, work)
+
+
+def _trust(guest: GuestFiles, path: str) -> None:
+    # Without mise in the guest there is nothing to trust; what it says is no reason to fail.
+    for mise in ("mise", "/root/.local/bin/mise"):
+        argv = [mise, "trust", "--quiet", "--all"]
+        if guest.run(argv, cwd=path, stdin=b"", out=lambda _: None)[0] != 127:
+            return
 
 
 async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]) -> T:

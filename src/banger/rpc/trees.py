@@ -113,11 +113,14 @@ class GuestFiles:
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextlib.contextmanager
-    def _exchange(
-        self, method: str, params: dict[str, Any], doing: str, *, reply_only: bool = False
+    def exchange(
+        self, method: str, params: dict[str, Any], doing: str, *, streams: bool = True
     ) -> Iterator[BlockingChannel]:
-        """A connection on which a method was called and, unless `reply_only`, has answered that it
-        streams."""
+        """A connection on which a method was called and, where it `streams`, has begun to answer.
+
+        Raises:
+            BangerError: the agent's own error; connection_lost; cancelled.
+        """
         sock = self._connect()
         sock.setblocking(True)
         with self._guard:
@@ -128,7 +131,7 @@ class GuestFiles:
                 raise BangerError("operation_failed", f"{doing}: cancelled", reason="cancelled")
             channel = BlockingChannel(sock)
             channel.write_document(self._request(method, params))
-            if not reply_only:
+            if streams:
                 decode_reply(channel.read_line(), doing)
             yield channel
         except ConnectionError as e:
@@ -138,13 +141,20 @@ class GuestFiles:
                 self._open.discard(sock)
             sock.close()
 
+    def call(self, method: str, params: dict[str, Any], doing: str) -> Any:
+        """A method with one result, which is for the caller to check.
+
+        Raises:
+            BangerError: the agent's own error; connection_lost; cancelled.
+        """
+        with self.exchange(method, params, doing, streams=False) as channel:
+            return decode_reply(channel.read_line(), doing).result
+
     def stat(self, path: str) -> PathFacts | None:
         """What a path leads to; None when nothing is there."""
         doing = f"looking at {path} in the guest"
         try:
-            with self._exchange("stat", {"path": path}, doing, reply_only=True) as channel:
-                reply = decode_reply(channel.read_line(), doing)
-            return msgspec.convert(reply.result, type=PathFacts)
+            return msgspec.convert(self.call("stat", {"path": path}, doing), type=PathFacts)
         except BangerError as e:
             if e.code == "not_found":
                 return None
@@ -152,9 +162,9 @@ class GuestFiles:
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 
-    def scan(self, path: str) -> dict[bytes, Entry] | None:
-        """Everything below a directory, without the inside of `.git` directories; None when the
-        directory is not there.
+    def scan(self, path: str, *, inside_git: bool = False) -> dict[bytes, Entry] | None:
+        """Everything below a directory, without the inside of `.git` directories unless that is
+        asked for; None when the directory is not there.
 
         Raises:
             BangerError: it cannot be read; more than `MAX_ENTRIES` entries, or a malformed one.
@@ -162,7 +172,7 @@ class GuestFiles:
         doing = f"listing {path} in the guest"
         found: dict[bytes, Entry] = {}
         try:
-            with self._exchange("scan", {"path": path}, doing) as channel:
+            with self.exchange("scan", {"path": path, "git": inside_git}, doing) as channel:
                 data = DataReader(channel, doing)
                 rest = b""
                 while (chunk := data.next_chunk()) is not None:
@@ -176,11 +186,23 @@ class GuestFiles:
             raise BangerError("operation_failed", f"{doing}: the answer is cut")
         return found
 
-    def get(self, path: str, names: list[bytes] | None, receive: Callable[[BinaryIO], T]) -> T:
-        """What `receive` makes of a tar of `path`, or of some names below it."""
+    def get(
+        self,
+        path: str,
+        names: list[bytes] | None,
+        receive: Callable[[BinaryIO], T],
+        *,
+        inverted: bool = False,
+    ) -> T:
+        """What `receive` makes of a tar of `path`, or of some names below it; `inverted`: of all
+        but these files, other names of which are links to them."""
         doing = f"fetching files of {path} from the guest"
-        params: dict[str, Any] = {"path": path, "names": names is not None}
-        with self._exchange("get", params, doing) as channel:
+        params: dict[str, Any] = {
+            "path": path,
+            "names": names is not None and not inverted,
+            "except": names is not None and inverted,
+        }
+        with self.exchange("get", params, doing) as channel:
             if names is not None:
                 with DataWriter(channel).buffered() as out:
                     out.writelines(n + b"\0" for n in names)
@@ -201,7 +223,7 @@ class GuestFiles:
         """
         doing = f"copying files to {path} in the guest"
         params = {"path": path, "mode": mode, "owner": None, "report": True}
-        with self._exchange("put", params, doing) as channel:
+        with self.exchange("put", params, doing) as channel:
             data = DataReader(channel, doing)
             try:
                 with DataWriter(channel).buffered() as out:
@@ -224,10 +246,9 @@ class GuestFiles:
     def system(self) -> GuestSystem:
         """Which distribution this is, and its package manager."""
         doing = "asking the guest for its distribution"
-        with self._exchange("packages", {}, doing, reply_only=True) as channel:
-            reply = decode_reply(channel.read_line(), doing)
+        result = self.call("packages", {}, doing)
         try:
-            return msgspec.convert(reply.result, type=GuestSystem)
+            return msgspec.convert(result, type=GuestSystem)
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 
@@ -245,7 +266,7 @@ class GuestFiles:
         params = {
             "path": path, "exclude": list(exclude), "enter": list(enter), "grace_s": grace_s,
         }  # fmt: skip
-        with self._exchange("capture", params, doing) as channel:
+        with self.exchange("capture", params, doing) as channel:
             data = DataReader(channel, doing)
             received = receive(iter(data.next_chunk, None))
             data.finish(Transferred)
@@ -295,7 +316,7 @@ class GuestFiles:
         out: Callable[[bytes], object],
         err: Callable[[bytes], object],
     ) -> int:
-        with self._exchange(method, params, doing) as channel:
+        with self.exchange(method, params, doing) as channel:
             waiting = memoryview(stdin)
             credit, open_ = _STDIN_CREDIT, True
             while True:

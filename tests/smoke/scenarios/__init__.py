@@ -5,6 +5,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     lifecycle,
     workspace,
     changes,
+    agents,
     network,
     refusals,
     images,
@@ -15,6 +16,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
 )
 
 __all__ = [
+    "agents",
     "changes",
     "commands",
     "figures",
