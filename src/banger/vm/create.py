@@ -10,6 +10,7 @@ import msgspec
 from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError
+from banger.faults import step
 from banger.files import ensure_private_directory, remove_tree, write_atomic
 from banger.host.lease import derive_mac
 from banger.names import check_vm_name, new_vm_id
@@ -23,6 +24,7 @@ from banger.vm.start import start
 
 if TYPE_CHECKING:
     from banger.api.params import CreateVm
+    from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
 
@@ -124,25 +126,18 @@ async def create(
             touched_at=now,
         )
 
-    vm = ctx.store.reserve(
-        params.name,
-        ctx.settings.subnet if ctx.network == "bridge" else None,
-        frozenset({ctx.settings.bridge_ip}),
-        build,
-    )
+    async with step("create.reserve"):
+        vm = ctx.store.reserve(
+            params.name,
+            ctx.settings.subnet if ctx.network == "bridge" else None,
+            frozenset({ctx.settings.bridge_ip}),
+            build,
+        )
     async with ctx.locked(vm.id):
         try:
             paths = ctx.vm_paths(vm.id)
-            ensure_private_directory(paths.directory)
-            key = generate_key(vm.name)
-            write_atomic(
-                paths.secrets,
-                msgspec.json.encode(
-                    Secrets(
-                        token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public
-                    )
-                ),
-            )
+            async with step("create.secrets"):
+                _make_secrets(paths, vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
@@ -153,14 +148,24 @@ async def create(
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
             if not kept and now is not None and now.state != "error":
-                forget_vm(ctx, vm)
+                await forget_vm(ctx, vm)
             raise
 
 
-def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
+def _make_secrets(paths: VmPaths, name: str) -> None:
+    ensure_private_directory(paths.directory)
+    key = generate_key(name)
+    made = Secrets(token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public)
+    write_atomic(paths.secrets, msgspec.json.encode(made))
+
+
+async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
     """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
     hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
-    replace_host(ctx.paths.known_hosts, hosts, None)
-    remove_tree(ctx.vm_paths(vm.id).directory)
-    ctx.store.delete(vm.id)
+    async with step("delete.known_hosts"):
+        replace_host(ctx.paths.known_hosts, hosts, None)
+    async with step("delete.files"):
+        remove_tree(ctx.vm_paths(vm.id).directory)
+    async with step("delete.row"):
+        ctx.store.delete(vm.id)
     ctx.forget(vm.id)
