@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_DOWNLOADS = "downloads-for-a-build"
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """The machine that a build takes; None is the default of new VMs."""
 
@@ -114,7 +117,9 @@ async def build_in_machine(
 
 
 def remove_abandoned_bases(daemon: Daemon) -> None:
-    """Delete the temporary images of builds that ended with a daemon; for a daemon's start."""
+    """Delete what builds that ended with a daemon have left; for a daemon's start."""
+    for path in daemon.paths.images.glob(f".{_DOWNLOADS}-*"):
+        files.remove_tree(path)
     used = {vm.image_id for vm in daemon.store.list()}
     for image in list_images(daemon.paths):
         if is_temporary_image(image.name) and image.id not in used:
@@ -128,8 +133,7 @@ async def _furnish(
 
     def work(guest: GuestFiles, job: Job) -> tuple[LoadedRecipe, tuple[str, ...]]:
         whole = assemble(loaded, extras, find_manager(guest))
-        scratch = ships.scratch_directory(daemon)
-        with files.staging_directory(scratch, "build") as downloads:
+        with files.staging_directory(daemon.paths.images, _DOWNLOADS) as downloads:
             return whole, furnish(guest, whole, downloads=downloads, show=show, job=job)
 
     return await _in_guest(daemon, vm, report, work)

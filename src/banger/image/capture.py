@@ -53,7 +53,7 @@ EXCLUDED = (
     "etc/ssh/sshd_config.d/00-banger.conf", "var/lib/banger", "var/log/banger-first-boot.log",
     # one machine's own
     "etc/.pwd.lock", "var/lib/dbus/machine-id", "var/lib/systemd/random-seed", "var/log/journal/*",
-    "root/.ash_history", "root/.bash_history", "root/.wget-hsts",
+    "root/lost+found", "root/.ash_history", "root/.bash_history", "root/.wget-hsts",
     # what package managers fetch again
     "var/cache/apk/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/cache/dnf/*",
     "var/cache/libdnf5/*", "var/cache/pacman/pkg/*", "var/cache/xbps/*", "var/cache/zypp/*",
