@@ -1,7 +1,8 @@
 """The size of the blob cache: the least recently used blobs go, never one that a pull holds.
 
 Knows nothing but the files: a blob's time of modification is its last use, its lock says that it is
-in use. So there is no index that a crash could leave wrong. Several evictions at once may remove more than one would have, and never what is in use.
+in use. So there is no index that a crash could leave wrong. Several evictions
+at once may remove more than one would have, and never what is in use.
 """
 
 from __future__ import annotations
