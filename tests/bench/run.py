@@ -1,7 +1,7 @@
 """The bench: measures, prints a table, keeps the figures in bench/results.
 
     .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import workspace
-                                                       large cli dns memory
+                                                       large bounded cli dns memory
     BENCH_RUNS=20 make bench                           more than the ten runs of each side
 
 Ends with status 0 whatever the figures are: a missed aim is a finding, not a failure.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from tests.bench import big_tree, dns, import_tree, in_guest, on_host, report, workspace  # noqa: E402 - needs the path
+from tests.bench import big_tree, bounded, dns, import_tree, in_guest, on_host, report, workspace  # noqa: E402 - needs the path
 from tests.bench.ground import ROOT, Ground  # noqa: E402
 from tests.bench.measure import Figure  # noqa: E402
 
@@ -35,8 +35,9 @@ _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "run": in_guest.run_true,
     "memory": on_host.memory,
     "large": big_tree.large_repository,
+    "bounded": bounded.bounded_memory,
 }
-_ORDER = ("run", "exec", "cat", "import", "workspace", "large", "cli", "dns", "memory")
+_ORDER = ("run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "memory")
 
 
 def main() -> None:
