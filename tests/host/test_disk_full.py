@@ -139,7 +139,7 @@ async def test_a_vm_can_be_deleted_to_make_room(disk: SmallDisk, templates: Path
         vm = await world.create(start=False)
         world.paths.vm(vm.id).work.write_bytes(bytes(MIB))
         disk.leave(0)
-        forget_vm(world.ctx, vm)
+        await forget_vm(world.ctx, vm)
         assert world.census()["rows"] == world.census()["directories"] == []
     finally:
         await world.close()

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from banger import __version__
+from banger import __version__, faults
 from banger.config.install import read_install_record
 from banger.config.paths import Paths
 from banger.config.system_paths import SYSTEM, SystemPaths
@@ -87,6 +87,8 @@ def _run(paths: Paths) -> None:
     as_service = paths.mode == "system"
     level = os.environ.get("BANGER_LOG_LEVEL") or read_settings(*paths.config_files).log_level
     start_logging(None if as_service else paths.daemon_log, level)
+    if not as_service:
+        faults.arm_from_environment()
 
     async def serve() -> None:
         daemon = await Daemon.open(paths)

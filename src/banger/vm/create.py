@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,8 @@ import msgspec
 
 from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
+from banger.faults import step
 from banger.files import ensure_private_directory, remove_tree, write_atomic
 from banger.host.lease import derive_mac
 from banger.names import check_vm_name, new_vm_id
@@ -24,10 +24,9 @@ from banger.vm.start import start
 
 if TYPE_CHECKING:
     from banger.api.params import CreateVm
+    from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
-
-log = logging.getLogger(__name__)
 
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
@@ -119,25 +118,18 @@ async def create(
             touched_at=now,
         )
 
-    vm = ctx.store.reserve(
-        params.name,
-        ctx.settings.subnet if ctx.network == "bridge" else None,
-        frozenset({ctx.settings.bridge_ip}),
-        build,
-    )
+    async with step("create.reserve"):
+        vm = ctx.store.reserve(
+            params.name,
+            ctx.settings.subnet if ctx.network == "bridge" else None,
+            frozenset({ctx.settings.bridge_ip}),
+            build,
+        )
     async with ctx.locked(vm.id):
         try:
             paths = ctx.vm_paths(vm.id)
-            ensure_private_directory(paths.directory)
-            key = generate_key(vm.name)
-            write_atomic(
-                paths.secrets,
-                msgspec.json.encode(
-                    Secrets(
-                        token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public
-                    )
-                ),
-            )
+            async with step("create.secrets"):
+                _make_secrets(paths, vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
@@ -148,29 +140,44 @@ async def create(
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
             if not kept and now is not None and now.state != "error":
-                forget_vm(ctx, vm)
+                await forget_vm(ctx, vm)
             raise
 
 
-def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+def _make_secrets(paths: VmPaths, name: str) -> None:
+    ensure_private_directory(paths.directory)
+    key = generate_key(name)
+    made = Secrets(token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public)
+    write_atomic(paths.secrets, msgspec.json.encode(made))
 
-    The row first: a directory without a row is removed by the next start of the daemon, while a row
-    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+
+async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
+    """Remove a VM that holds nothing any more: known_hosts lines, row, directory.
+
+    The row before the directory: one without a row is removed by the next start of the daemon, but
+    a row without its disks would be a VM that cannot start. On a full disk the directory makes room
+    for the rest.
     """
     directory = ctx.vm_paths(vm.id).directory
+    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    full = False
     try:
-        ctx.store.delete(vm.id)
+        async with step("delete.known_hosts"):
+            replace_host(ctx.paths.known_hosts, hosts, None)
+    except OSError as e:
+        full = is_disk_full(e)
+        if not full:
+            raise
+    try:
+        async with step("delete.row"):
+            ctx.store.delete(vm.id)
     except BangerError as e:
         if e.reason != "disk_full":
             raise
         remove_tree(directory)
         ctx.store.delete(vm.id)
-    remove_tree(directory)
+    async with step("delete.files"):
+        remove_tree(directory)
     ctx.forget(vm.id)
-    try:
-        hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    if full:
         replace_host(ctx.paths.known_hosts, hosts, None)
-    except OSError as e:
-        # The next VM of this name or address replaces the lines anyway.
-        log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)

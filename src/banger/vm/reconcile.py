@@ -50,7 +50,7 @@ async def _reconcile_one(ctx: VmContext, vm: VmRecord) -> None:
         if failures:
             ctx.store.update(vm.id, state="error", last_error="; ".join(failures))
         elif vm.provisional:
-            forget_vm(ctx, vm)
+            await forget_vm(ctx, vm)
 
 
 async def adopt(ctx: VmContext, vm: VmRecord, handles: Handles) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from banger.disk.blank import Role, extend_disk, write_blank_disk
 from banger.disk.initrd import write_vm_initrd
 from banger.errors import BangerError, is_disk_full
+from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
 from banger.guest.config import CONFIG_MEMBER
@@ -67,7 +68,9 @@ async def start(
     if is_live(ctx, vm):
         return vm
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
-    if failures := await release_everything(ctx, vm.id, handles_of(ctx, vm.id)):
+    async with step("start.clean"):
+        failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
+    if failures:
         raise BangerError(
             "operation_failed",
             f"starting VM {vm.name}: what it held before could not be given back: "
@@ -82,7 +85,8 @@ async def start(
     wanted = admission.start_bytes(ctx, vm, kernel)
     admission.check_disk(ctx, f"starting VM {vm.name}", wanted)
     timer.stage("plan", "planning")
-    plan = await _plan(ctx, vm, image, kernel, driver)
+    async with step("start.plan"):
+        plan = await _plan(ctx, vm, image, kernel, driver)
     entries = choose_entries(ctx.settings.file_sync, first_start=not vm.files_synced)
     files = await asyncio.to_thread(plan_file_sync, entries, ctx.home)
     for warning in files.warnings:
@@ -92,12 +96,14 @@ async def start(
         # Registered first, because every step from here on leaves something that this gives back.
         undo.push("what it held", lambda: _release(ctx, vm.id))
         timer.stage("disks", "preparing disks")
-        await _finish_thread(_make_disks, ctx, plan)
+        async with step("start.disks"):
+            await _finish_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
             timer.stage("lease", "connecting the network")
-            lease = await ctx.host.prepare(plan.lease)
+            async with step("start.lease"):
+                lease = await ctx.host.prepare(plan.lease)
             handles = Handles(
                 vmm=driver.name,
                 endpoint=plan.endpoint,
@@ -108,34 +114,40 @@ async def start(
             )
             plan = plan.with_tap(lease.tap)
         timer.stage("handles", "recording what it holds")
-        write_handles(plan.paths, handles)
-        ctx.handles[vm.id] = handles
+        async with step("start.handles"):
+            write_handles(plan.paths, handles)
+            ctx.handles[vm.id] = handles
 
         with contextlib.ExitStack() as listening:
             announced = listening.enter_context(
                 ctx.announcements.expect(vm.id, plan.guest_config.token)
             )
             timer.stage("launch", f"starting {driver.name}")
-            process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
-            handles = msgspec.structs.replace(handles, process=process)
-            ctx.handles[vm.id] = handles
-            write_handles(plan.paths, handles)
+            async with step("start.launch"):
+                process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
+            async with step("start.process"):
+                handles = msgspec.structs.replace(handles, process=process)
+                ctx.handles[vm.id] = handles
+                write_handles(plan.paths, handles)
             ended = asyncio.Event()
             exited = asyncio.ensure_future(wait_exit(process))
             exited.add_done_callback(lambda _: ended.set())
             try:
                 try:
-                    await driver.start(plan.machine, ended, timeout_s=plan.ready_timeout_s)
+                    async with step("start.configure"):
+                        await driver.start(plan.machine, ended, timeout_s=plan.ready_timeout_s)
                 except BangerError as e:
                     if e.reason == "vmm_exited" and exited.done():
                         raise _ended(plan, exited.result(), console_start) from e
                     raise
                 timer.stage("ready", "waiting for the guest")
-                announcement = await _ready(announced, exited, plan, console_start)
+                async with step("start.ready"):
+                    announcement = await _ready(announced, exited, plan, console_start)
                 if files.members:
                     timer.stage("file_sync", "copying files of your home")
                     client = GuestClient(plan.endpoint, plan.guest_config.token)
-                    await send_files(client, files, exited, vm.name)
+                    async with step("start.file_sync"):
+                        await send_files(client, files, exited, vm.name)
             except BangerError as e:
                 if e.reason == "guest_not_ready":
                     # It may still come up: the VM is kept, its console tells more.
@@ -147,8 +159,9 @@ async def start(
                     exited.cancel()
                     await asyncio.gather(exited, return_exceptions=True)
         timer.stage("publish", "ready")
-        undo.keep()
-        running = _publish(ctx, vm, driver, process, announcement)
+        async with step("start.publish"):
+            undo.keep()
+            running = _publish(ctx, vm, driver, process, announcement)
     timer.log(vm)
     if plan.lease is not None:
         # Not before: on a small host it would take from the guest's boot.

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
+from banger.faults import step
 from banger.host.vmm_process import signal_vmm, wait_exit
 from banger.vm.cleanup import handles_of, is_live, reset
 from banger.vm.create import forget_vm
@@ -65,13 +66,14 @@ async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str |
         grace_s *= 3
     grace_s = min(grace_s, _MOST_GRACE_S)
     try:
-        await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
+        async with step("stop.guest"):
+            await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
     except BangerError as e:
         log.warning("VM %s: the agent did not take the shutdown: %s", vm.name, e)
         return f"the agent of VM {vm.name} did not answer; it was killed, unsynced data may be lost"
     try:
         # Beyond the grace the agent ends everything itself, syncs, and reboots: that is its time.
-        async with asyncio.timeout(grace_s + _AGENT_S):
+        async with step("stop.exit"), asyncio.timeout(grace_s + _AGENT_S):
             await wait_exit(handles.process)
     except TimeoutError:
         return f"VM {vm.name} did not end within {grace_s:g} s and was killed"
@@ -90,7 +92,7 @@ async def kill(ctx: VmContext, vm: VmRecord, signal: str) -> tuple[VmRecord, str
             ctx.unwatch(vm.id)
             signal_vmm(handles.process, signal, missing_ok=True)
             try:
-                async with asyncio.timeout(ctx.settings.stop_timeout_s):
+                async with step("kill.signal"), asyncio.timeout(ctx.settings.stop_timeout_s):
                     await wait_exit(handles.process)
             except TimeoutError:
                 log.info("VM %s outlived %s and is killed", vm.name, signal)
@@ -116,7 +118,7 @@ async def delete(ctx: VmContext, vm: VmRecord, *, kill_it: bool = False) -> str 
                 f"deleting VM {vm.name}: {vm.last_error}",
                 hint=f"banger vm delete {vm.name}",
             )
-        forget_vm(ctx, vm)
+        await forget_vm(ctx, vm)
     return None
 
 
