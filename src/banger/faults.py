@@ -64,7 +64,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "release.handles",
         "release.record",
     ),
-    "delete": ("delete.row", "delete.files", "delete.known_hosts"),
+    "delete": ("delete.known_hosts", "delete.row", "delete.files"),
     "set": ("set.lease", "set.handles", "set.record"),
 }
 

@@ -55,9 +55,9 @@ def new_file(
     """
     beside = path.with_name(_name_beside(path))
     try:
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            with os.fdopen(fd, "w+b") as f:
+            with os.fdopen(fd, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
@@ -166,10 +166,13 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and new names in this directory durable."""
+    """Make renames and new names in this directory durable, where its filesystem can."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 
@@ -184,7 +187,9 @@ def ensure_private_directory(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-            sync_directory(path.parent)
+            # A parent that is not ours may be closed to our eyes.
+            with contextlib.suppress(PermissionError):
+                sync_directory(path.parent)
     except OSError as e:
         raise BangerError(
             "operation_failed",

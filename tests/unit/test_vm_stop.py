@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from typing import Any
 
 import pytest
 
 from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.host.vmm_process import is_alive, kill_vmm
+from banger.vm import create as create_module
 from banger.vm.cleanup import is_live, settled
 from banger.vm.stop import check_signal, delete, kill, stop
 from fakes.world import EMPTY, World
@@ -323,15 +326,19 @@ async def test_a_deletion_that_dies_half_way_leaves_no_vm_without_its_disks(
     assert world.census()["directories"] == []
 
 
-async def test_known_hosts_that_cannot_be_written_keep_no_vm(
+async def test_known_hosts_that_a_full_disk_keeps_do_not_keep_the_vm(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = await world.create(start=False)
+    vm = await world.create()
+    await stop(world.ctx, vm)
+    real = create_module.replace_host
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full_until_it_is_gone(*words: Any) -> None:
+        if world.paths.vm(vm.id).directory.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*words)
 
-    monkeypatch.setattr("banger.vm.create.replace_host", full)
+    monkeypatch.setattr(create_module, "replace_host", full_until_it_is_gone)
     await delete(world.ctx, vm)
     census = world.census()
-    assert census["rows"] == census["directories"] == []
+    assert census["rows"] == census["directories"] == census["known_hosts"] == []

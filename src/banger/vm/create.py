@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import msgspec
 
 from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
 from banger.faults import step
 from banger.files import ensure_private_directory, remove_tree, write_atomic
 from banger.host.lease import derive_mac
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
-
-log = logging.getLogger(__name__)
 
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
@@ -163,27 +160,32 @@ def _make_secrets(paths: VmPaths, name: str) -> None:
 
 
 async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+    """Remove a VM that holds nothing any more: known_hosts lines, row, directory.
 
-    The row first: a directory without a row is removed by the next start of the daemon, while a row
-    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+    The row before the directory: one without a row is removed by the next start of the daemon, but
+    a row without its disks would be a VM that cannot start. On a full disk the directory makes room
+    for the rest.
     """
     directory = ctx.vm_paths(vm.id).directory
-    async with step("delete.row"):
-        try:
+    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    full = False
+    try:
+        async with step("delete.known_hosts"):
+            replace_host(ctx.paths.known_hosts, hosts, None)
+    except OSError as e:
+        full = is_disk_full(e)
+        if not full:
+            raise
+    try:
+        async with step("delete.row"):
             ctx.store.delete(vm.id)
-        except BangerError as e:
-            if e.reason != "disk_full":
-                raise
-            remove_tree(directory)
-            ctx.store.delete(vm.id)
+    except BangerError as e:
+        if e.reason != "disk_full":
+            raise
+        remove_tree(directory)
+        ctx.store.delete(vm.id)
     async with step("delete.files"):
         remove_tree(directory)
     ctx.forget(vm.id)
-    async with step("delete.known_hosts"):
-        try:
-            hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
-            replace_host(ctx.paths.known_hosts, hosts, None)
-        except OSError as e:
-            # The next VM of this name or address replaces the lines anyway.
-            log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)
+    if full:
+        replace_host(ctx.paths.known_hosts, hosts, None)
