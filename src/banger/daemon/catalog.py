@@ -7,6 +7,7 @@ lists. Whoever asks hears in one line what was chosen and why.
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +20,7 @@ from banger.daemon import confinement, container_images
 from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
-from banger.image.entries import delete_image, find_image, list_images
+from banger.image.entries import find_image, list_images
 from banger.image.recipe import list_recipes, load_recipe
 from banger.kernel.entries import find_kernel, list_kernels
 from banger.kernel.pull import CATALOG, ensure_kernel, find_catalog_kernel, pull_kernel
@@ -105,6 +106,7 @@ async def obtain_image(
                 name=target,
                 reporter=report,
                 replaced=replaced,
+                refuse=partial(container_images.refuse_in_use, daemon),
             )
         except BangerError as e:
             problem, why = e, str(e)
@@ -116,7 +118,7 @@ async def obtain_image(
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
         if replaced is not None:
             await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
-            delete_image(daemon.paths, replaced.id)
+            await container_images.remove_image(daemon, replaced.id, report)
         if as_name is None:
             # Not `build_image`: a peer that has just finished the same one is success here.
             return await build.ensure_image(daemon.paths, name, reporter=report)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from banger.api import params as p
 from banger.api import results as r
+from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image.cache import prune_cache
-from banger.image.entries import find_image
+from banger.image.entries import delete_image, find_image
 from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
 from banger.kernel.entries import find_kernel
 from banger.kernel.pull import find_catalog_kernel
@@ -34,7 +36,9 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             f"there is no kernel {plan.kernel_ref!r}, here or in the catalog",
             hint="banger kernel list --available",
         )
-    return await pull_image(daemon.paths, plan, reporter=call)
+    return await pull_image(
+        daemon.paths, plan, reporter=call, refuse=partial(refuse_in_use, daemon)
+    )
 
 
 async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> ImageRecord:
@@ -54,7 +58,9 @@ async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> Ima
         free = not any(vm.image_id == found.id for vm in daemon.store.list())
         plan = _plan(daemon, p.PullImage(reference=reference, name=found.name, force=free))
     report.stage("resolve_image", f"pulling the image {plan.reference}")
-    return await pull_image(daemon.paths, plan, reporter=report)
+    return await pull_image(
+        daemon.paths, plan, reporter=report, refuse=partial(refuse_in_use, daemon)
+    )
 
 
 async def cache_prune(daemon: Daemon, call: Call, params: p.PruneCache) -> r.PrunedCache:
@@ -72,6 +78,20 @@ def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
             hint=f"banger vm delete {users[0]}",
             reason="in_use",
         )
+
+
+async def remove_image(daemon: Daemon, image_id: str, report: Reporter) -> ImageRecord:
+    """Remove an image that no VM has when its turn comes; waiting for that holds nobody up.
+
+    Raises:
+        BangerError: not_found; reason in_use.
+    """
+    return await run_job(
+        lambda job: delete_image(
+            daemon.paths, image_id, job=job, refuse=partial(refuse_in_use, daemon)
+        ),
+        report,
+    )
 
 
 def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:

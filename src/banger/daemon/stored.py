@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from banger.api import params as p
 from banger.api import results as r
 from banger.daemon import catalog, confinement, container_images, given
+from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import (
-    delete_image,
     find_image,
     get_image,
     list_images,
@@ -41,7 +41,8 @@ async def ensure_image(daemon: Daemon, name: str, report: Reporter) -> ImageReco
         image = await catalog.obtain_image(daemon, name, report)
     if find_kernel(daemon.paths, image.kernel_ref) is None:
         await catalog.obtain_kernel(daemon, image.kernel_ref, report)
-    return image
+    # Who reserves a VM of it does so before anything else happens; meanwhile it may have gone.
+    return get_image(daemon.paths, image.id)
 
 
 async def image_list(daemon: Daemon, call: Call, _: p.Empty) -> list[ImageRecord]:
@@ -61,29 +62,20 @@ async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> Image
                 f"an image named {params.name!r} exists already",
                 hint=f"banger image delete {params.name}",
             )
-        _refuse_in_use(daemon, existing)
+        container_images.refuse_in_use(daemon, existing)
     await confinement.refuse_build(daemon.paths, recipe, params.name)
     if existing is not None:
-        delete_image(daemon.paths, existing.name)
+        # The old one goes when there is another.
+        await build.build_artefact(daemon.paths, recipe, reporter=call)
+        await container_images.remove_image(daemon, existing.id, call)
     return await build.build_image(daemon.paths, recipe, name=params.name, reporter=call)
-
-
-def _refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
-    users = [vm.name for vm in daemon.store.list() if vm.image_id == image.id]
-    if users:
-        raise BangerError(
-            "operation_failed",
-            f"image {image.name} is used by {', '.join(users)}",
-            hint=f"banger vm delete {users[0]}",
-            reason="in_use",
-        )
 
 
 async def image_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
     image = get_image(daemon.paths, params.name)
-    _refuse_in_use(daemon, image)
-    delete_image(daemon.paths, image.name)
-    given.forget_kernel_of(daemon, image)
+    container_images.refuse_in_use(daemon, image)
+    image = await container_images.remove_image(daemon, image.id, call)
+    await given.forget_kernel_of(daemon, image)
     return r.Deleted(name=image.name)
 
 
@@ -120,15 +112,20 @@ async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRe
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
+    def refuse(kernel: KernelRecord) -> None:
+        users = [i.name for i in list_images(daemon.paths) if i.kernel_ref == kernel.name]
+        users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
+        if users:
+            raise BangerError(
+                "operation_failed",
+                f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
+                hint="banger image list",
+                reason="in_use",
+            )
+
     kernel = get_kernel(daemon.paths, params.name)
-    users = [image.name for image in list_images(daemon.paths) if image.kernel_ref == kernel.name]
-    users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
-    if users:
-        raise BangerError(
-            "operation_failed",
-            f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
-            hint="banger image list",
-            reason="in_use",
-        )
-    delete_kernel(daemon.paths, kernel.name)
+    refuse(kernel)
+    await run_job(
+        lambda job: delete_kernel(daemon.paths, kernel.name, job=job, refuse=refuse), call
+    )
     return r.Deleted(name=kernel.name)

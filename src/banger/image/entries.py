@@ -7,6 +7,7 @@ one names a file of the user's by its absolute path. There is no database row.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 ROOTFS = "rootfs.sqfs"
 MANIFEST = "manifest.json"
+
+Refuse = Callable[[ImageRecord], None]
+"""Raises BangerError when this image may not go: only who knows the VMs can tell."""
 
 
 class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,18 +93,30 @@ def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
     return tuple(sorted(found, key=lambda record: record.name))
 
 
-def delete_image(paths: Paths, name_or_id: str) -> None:
-    """Remove an image, of an unmanaged one only the entry. The caller checks that no VM uses it.
+def delete_image(
+    paths: Paths, name_or_id: str, *, job: Job | None = None, refuse: Refuse = lambda _: None
+) -> ImageRecord:
+    """Remove an image, of an unmanaged one only the entry; return what it was.
+
+    Waits for whoever makes an image of this name: not for the event loop's thread.
 
     Raises:
-        BangerError: not_found.
+        BangerError: not_found; what `refuse` raises.
     """
+    job = job or Job()
     name = get_image(paths, name_or_id).name
-    with lock_image(paths, name, Job()):
-        record = get_image(paths, name)
-        # Out of sight by one rename first: an image is never seen half removed.
-        with files.staging_directory(paths.images, f"delete-{name}") as aside:
-            (paths.images / record.id).rename(aside / record.id)
+    with (
+        lock_image(paths, name, job),
+        files.staging_directory(paths.images, f"delete-{name}") as aside,
+    ):
+        return job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
+
+
+def put_aside(paths: Paths, record: ImageRecord, aside: Path, refuse: Refuse) -> ImageRecord:
+    """Take an image out of sight by one rename: it is never seen half removed."""
+    refuse(record)
+    (paths.images / record.id).rename(aside / record.id)
+    return record
 
 
 def verify_image(paths: Paths, name_or_id: str) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ from banger.disk.identity import identify
 from banger.errors import BangerError
 from banger.image.entries import (
     ImageManifest,
+    Refuse,
     find_image,
     find_manifest,
     get_image,
     lock_image,
+    put_aside,
     write_manifest,
 )
 from banger.image.filesystem import ROOTFS_FILES, rootfs_name
@@ -50,6 +52,7 @@ async def pull_published(
     name: str,
     reporter: Reporter,
     replaced: ImageRecord | None = None,
+    refuse: Refuse = lambda _: None,
 ) -> ImageRecord:
     """The published image, stored as `name`; one that is there by then is the result.
 
@@ -58,7 +61,9 @@ async def pull_published(
     Raises:
         BangerError: not_found, operation_failed, also with the reasons bad_bundle and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, source, entry, name, replaced, job), reporter)
+    return await run_job(
+        lambda job: _pull(paths, source, entry, name, replaced, refuse, job), reporter
+    )
 
 
 def _pull(
@@ -67,6 +72,7 @@ def _pull(
     entry: IndexEntry,
     name: str,
     replaced: ImageRecord | None,
+    refuse: Refuse,
     job: Job,
 ) -> ImageRecord:
     with lock_image(paths, name, job):
@@ -84,7 +90,8 @@ def _pull(
             job.check()
             job.stage("publish", f"storing the image {name}")
             if existing is not None:
-                (paths.images / existing.id).rename(staging / existing.id)
+                gone = existing
+                job.at_once(lambda: put_aside(paths, gone, staging, refuse))
             try:
                 new.rename(paths.images / image_id)
             except OSError:

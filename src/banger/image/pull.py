@@ -23,10 +23,12 @@ from banger.errors import BangerError
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
+    Refuse,
     find_image,
     get_image,
     list_images,
     lock_image,
+    put_aside,
     write_manifest,
 )
 from banger.image.sources import open_source
@@ -101,7 +103,9 @@ def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
-async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> ImageRecord:
+async def pull_image(
+    paths: Paths, plan: PullPlan, *, reporter: Reporter, refuse: Refuse = lambda _: None
+) -> ImageRecord:
     """Carry a plan out; where the image is stored already and unchanged, just return it.
 
     Two pulls of one image at once do the work once. Cancelling leaves nothing but whole blobs in
@@ -112,10 +116,10 @@ async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> Ima
             image by now; not_found, unauthorized; operation_failed, also with the reasons bad_image
             and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, plan, job), reporter)
+    return await run_job(lambda job: _pull(paths, plan, refuse, job), reporter)
 
 
-def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
+def _pull(paths: Paths, plan: PullPlan, refuse: Refuse, job: Job) -> ImageRecord:
     with lock_image(paths, plan.name, job):
         existing = find_image(paths, plan.name)
         if existing is not None and not _is_same(existing, plan) and not plan.replace:
@@ -148,12 +152,12 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             for kind in ("pull", "delete"):
                 remove_abandoned(paths.images, f"{kind}-{plan.name}")
             try:
-                return _import(paths, plan, source.fetch(), source.digest, existing, job)
+                return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
             except BangerError as e:
                 if e.reason != "bad_image" or not source.drop_damaged():
                     raise
                 job.warn(f"the cache held damaged layers; they are fetched again ({e})")
-            return _import(paths, plan, source.fetch(), source.digest, existing, job)
+            return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
 
 
 def _is_same(image: ImageRecord, plan: PullPlan) -> bool:
@@ -166,6 +170,7 @@ def _import(
     image: OciImage,
     digest: str,
     replaced: ImageRecord | None,
+    refuse: Refuse,
     job: Job,
 ) -> ImageRecord:
     what = str(plan.reference)
@@ -195,7 +200,8 @@ def _import(
         job.stage("publish", f"storing the image {plan.name}")
         _describe(new, plan, config, merged)
         if replaced is not None:
-            (paths.images / replaced.id).rename(staging / replaced.id)
+            gone = replaced
+            job.at_once(lambda: put_aside(paths, gone, staging, refuse))
         try:
             new.rename(paths.images / image_id)
         except OSError:

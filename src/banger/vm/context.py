@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from banger.errors import BangerError
 from banger.vm.handles import read_secrets
@@ -64,7 +65,7 @@ class VmContext:
     home: Path = field(default_factory=Path.home)
     """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
-    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _background: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -77,10 +78,6 @@ class VmContext:
         lock = self._locks.setdefault(vm_id, asyncio.Lock())
         async with lock:
             yield
-
-    def forget(self, vm_id: str) -> None:
-        """A deleted VM needs no lock any more."""
-        self._locks.pop(vm_id, None)
 
     def spawn(self, work: Coroutine[Any, Any, Any], what: str) -> asyncio.Task[Any]:
         """Work that belongs to nobody's request: it goes on when the client has left."""

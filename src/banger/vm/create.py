@@ -155,4 +155,3 @@ def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
     replace_host(ctx.paths.known_hosts, hosts, None)
     remove_tree(ctx.vm_paths(vm.id).directory)
     ctx.store.delete(vm.id)
-    ctx.forget(vm.id)
