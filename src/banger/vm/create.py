@@ -146,6 +146,9 @@ async def create(
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
             if not kept and now is not None and now.state != "error":
                 forget_vm(ctx, vm)
+            elif now is not None and not kept:
+                # It is listed from now on, and stays until somebody deletes it.
+                ctx.store.update(vm.id, provisional=False)
             raise
 
 
