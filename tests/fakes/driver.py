@@ -96,12 +96,18 @@ class FakeDriver:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.guest_loop))
 
     def _spawn(self, work: Coroutine[Any, Any, bool]) -> None:
-        if self.guest_loop is not None:
-            asyncio.run_coroutine_threadsafe(work, self.guest_loop)
-            return
-        task: asyncio.Task[bool] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        loop = self.guest_loop or asyncio.get_running_loop()
+
+        def begin() -> None:
+            # Kept here: the loop itself would let it go.
+            task = loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if self.guest_loop is None:
+            begin()
+        else:
+            loop.call_soon_threadsafe(begin)
 
     async def pause(self, runtime: Path) -> None:
         await self._faults.arrive("driver.pause")
@@ -115,9 +121,10 @@ class FakeDriver:
         return next(vm_id for vm_id in self._lives if vm_id.startswith(runtime.name))
 
     async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.guest_loop is None:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self.guests.values():
             await self._for_guest(guest.end())
         for fds in self._lives.values():

@@ -49,6 +49,7 @@ from banger.vmm.machine import Drive, Machine
 from fakes.driver import FakeDriver
 from fakes.faults import Faults
 from fakes.host import NOBODY, ROOT, FakeHost
+from fakes.transitions import watch_rows
 
 DISK = 64 * MIB
 IMAGE_ID = "1" * 32
@@ -131,6 +132,7 @@ class World:
         self.driver = FakeDriver(self.faults)
         self.store = VmStore(open_database(self.paths.database))
         self._patch = pytest.MonkeyPatch()
+        self.transitions = watch_rows(self._patch)
         self._children: list[int] = []
         self._patch.setattr(process, "spawn_detached", self._spawn)
         if templates is not None:
@@ -255,6 +257,10 @@ class World:
     async def start(self, vm: VmRecord) -> VmRecord:
         async with self.ctx.locked(vm.id):
             return await start(self.ctx, vm, Silent(), allow_overcommit=False)
+
+    def lose_row(self, vm: VmRecord) -> None:
+        """As an older copy of the database would: nobody took the way of a delete."""
+        self.store._db.execute("DELETE FROM vms WHERE id = ?", (vm.id,))
 
     def handles(self, vm: VmRecord) -> Handles:
         handles = find_handles(self.paths.vm(vm.id))

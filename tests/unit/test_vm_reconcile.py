@@ -127,7 +127,7 @@ async def test_missing_handles_are_as_damaged_ones(world: World) -> None:
 
 async def test_directory_without_a_row_is_removed_with_what_it_holds(world: World) -> None:
     vm = await world.create()
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     await world.crash()
     census = world.census()
     census.pop("known_hosts")
@@ -138,7 +138,7 @@ async def test_directory_whose_machine_cannot_be_given_back_waits_for_the_next_d
     world: World,
 ) -> None:
     vm = await world.create()
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     world.faults.fail("host.release", times=2)
     await world.crash()
     assert world.census()["handles"] == [vm.id]

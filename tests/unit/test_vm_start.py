@@ -507,3 +507,51 @@ async def test_announcement_for_a_vm_that_does_not_start_is_refused(
     token = read_config(world.paths.vm(vm.id).initrd)["token"]
     with world.ctx.announcements.listen_unix(world.root / "late.sock"):
         assert not await announce(world.root / "late.sock", vm_id=vm.id, token=token)
+
+
+@pytest.mark.parametrize("lost", [("work",), ("overlay",), ("work", "overlay"), ("directory",)])
+async def test_lost_disk_is_not_replaced_by_an_empty_one(
+    world: World, lost: tuple[str, ...]
+) -> None:
+    vm = await world.create("web")
+    vm, _ = await stop(world.ctx, vm)
+    paths = world.paths.vm(vm.id)
+    before = world.census()
+    kept = world.root / "kept"
+    if lost == ("directory",):
+        paths.directory.rename(kept)
+    else:
+        kept.mkdir()
+        for name in lost:
+            getattr(paths, name).rename(kept / name)
+    with pytest.raises(BangerError, match="is missing, with what the VM had written") as caught:
+        await world.start(vm)
+    assert (caught.value.reason, caught.value.outcome) == ("disk_missing", "failed")
+    assert caught.value.hint == "banger vm delete web"
+    assert not (paths.work.exists() and paths.overlay.exists()), "nothing was made in its place"
+    # Put back from a backup, it runs again, with its files.
+    if lost == ("directory",):
+        kept.rename(paths.directory)
+    else:
+        for name in lost:
+            (kept / name).rename(getattr(paths, name))
+    assert world.census() == before
+    assert (await world.start(vm)).state == "running"
+
+
+async def test_vm_with_a_lost_disk_can_be_deleted(world: World) -> None:
+    vm = await world.create("web")
+    vm, _ = await stop(world.ctx, vm)
+    world.paths.vm(vm.id).work.unlink()
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
+
+
+async def test_vm_that_never_ran_gets_its_first_disks(world: World) -> None:
+    """Also where an earlier first start failed half-way: nothing of the user's was on them."""
+    vm = await world.create("web", start=False)
+    world.faults.fail("driver.start")
+    with pytest.raises(BangerError):
+        await world.start(vm)
+    world.paths.vm(vm.id).work.unlink()
+    assert (await world.start(vm)).state == "running"

@@ -12,7 +12,7 @@ from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.host.vmm_process import is_alive, kill_vmm
 from banger.vm import create as create_module
-from banger.vm.cleanup import is_live, settled
+from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.stop import check_signal, delete, kill, stop
 from fakes.world import EMPTY, World
 
@@ -178,7 +178,8 @@ async def test_reader_of_a_record_sees_an_ended_machine_even_before_its_watcher(
     world.ctx.unwatch(vm.id)
     await kill_vmm(process, None)
     assert not is_live(world.ctx, vm)
-    assert (await settled(world.ctx, vm)).state == "stopped"
+    assert as_it_is(world.ctx, vm).state == "stopped"
+    vm, _ = await stop(world.ctx, vm)
     only_its_own(world, vm)
 
 

@@ -117,8 +117,6 @@ async def _release_unused(
         else:
             whose = f"VM {vm.name}, which does not run" if vm else f"no VM ({short_id(vm_id)})"
             did.append(f"released a lease of {whose}")
-    if vm is None:
-        vms.forget(vm_id)
 
 
 def _pool(daemon: Daemon) -> Bridge | None:

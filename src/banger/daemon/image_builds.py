@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -107,7 +108,13 @@ async def build_in_machine(
                 daemon,
                 vm,
                 report,
-                lambda guest, job: capture_image(daemon.paths, guest, new, job),
+                lambda guest, job: capture_image(
+                    daemon.paths,
+                    guest,
+                    new,
+                    job,
+                    refuse=partial(container_images.refuse_in_use, daemon),
+                ),
             )
         finally:
             with contextlib.suppress(BangerError):  # somebody else has deleted it

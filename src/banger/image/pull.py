@@ -23,6 +23,7 @@ from banger.image.cache import require_room
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
+    Refuse,
     find_image,
     find_manifest,
     get_image,
@@ -121,7 +122,9 @@ def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
-async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> ImageRecord:
+async def pull_image(
+    paths: Paths, plan: PullPlan, *, reporter: Reporter, refuse: Refuse = lambda _: None
+) -> ImageRecord:
     """Carry a plan out; where the image is stored already and unchanged, just return it.
 
     Two pulls of one image at once do the work once. Cancelling leaves nothing but whole blobs in
@@ -132,10 +135,10 @@ async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> Ima
             image by now; not_found, unauthorized; operation_failed, also with the reasons bad_image
             and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, plan, job), reporter)
+    return await run_job(lambda job: _pull(paths, plan, refuse, job), reporter)
 
 
-def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
+def _pull(paths: Paths, plan: PullPlan, refuse: Refuse, job: Job) -> ImageRecord:
     with lock_image(paths, plan.name, job):
         existing = find_image(paths, plan.name)
         if existing is not None and not _is_same(existing, plan) and not plan.replace:
@@ -175,12 +178,12 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             for kind in ("pull", "delete"):
                 remove_abandoned(paths.images, f"{kind}-{plan.name}")
             try:
-                return _import(paths, plan, source.fetch(), source.digest, existing, job)
+                return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
             except BangerError as e:
                 if e.reason != "bad_image" or not source.drop_damaged():
                     raise
                 job.warn(f"the cache held damaged layers; they are fetched again ({e})")
-            return _import(paths, plan, source.fetch(), source.digest, existing, job)
+            return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
 
 
 def _with_sshd(paths: Paths, plan: PullPlan, existing: ImageRecord) -> ImageRecord:
@@ -203,6 +206,7 @@ def _import(
     image: OciImage,
     digest: str,
     replaced: ImageRecord | None,
+    refuse: Refuse,
     job: Job,
 ) -> ImageRecord:
     what = str(plan.reference)
@@ -232,7 +236,7 @@ def _import(
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
         _describe(new, plan, config, merged)
-        return publish_image(paths, new, replaced=replaced, aside=staging)
+        return publish_image(paths, new, job=job, replaced=replaced, aside=staging, refuse=refuse)
 
 
 def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) -> None:

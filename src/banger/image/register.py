@@ -117,7 +117,7 @@ def _register(
                     created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
                 ),
             )
-            return publish_image(paths, new)
+            return publish_image(paths, new, job=job)
 
 
 def refuse_existing(paths: Paths, name: str) -> None:

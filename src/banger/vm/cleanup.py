@@ -10,6 +10,8 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from banger.errors import BangerError
 from banger.faults import step
 from banger.files import remove_tree
@@ -45,14 +47,16 @@ def is_live(ctx: VmContext, vm: VmRecord) -> bool:
     )
 
 
-async def settled(ctx: VmContext, vm: VmRecord) -> VmRecord:
-    """The record as it is: one that says running of a machine that has ended is corrected first."""
+def as_it_is(ctx: VmContext, vm: VmRecord) -> VmRecord:
+    """The record, for people: one that says running of a machine that has ended says stopped.
+
+    Whoever ends it, or its watcher, corrects the row when what it held has been given back; nobody
+    who only looks waits for that.
+    """
     if vm.state == "running" and not is_live(ctx, vm):
-        async with ctx.locked(vm.id):
-            now = ctx.store.find(vm.id)
-            if now is not None and now.state == "running" and not is_live(ctx, now):
-                return await reset(ctx, now, last_error="the machine ended by itself")
-            return now or vm
+        return msgspec.structs.replace(
+            vm, state="stopped", boot_id=None, last_error="the machine ended by itself"
+        )
     return vm
 
 

@@ -149,6 +149,9 @@ async def create(
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
             if not kept and now is not None and now.state != "error":
                 await forget_vm(ctx, vm)
+            elif now is not None and not kept:
+                # It is listed from now on, and stays until somebody deletes it.
+                ctx.store.update(vm.id, provisional=False)
             raise
 
 
@@ -186,6 +189,5 @@ async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
         ctx.store.delete(vm.id)
     async with step("delete.files"):
         remove_tree(directory)
-    ctx.forget(vm.id)
     if full:
         replace_host(ctx.paths.known_hosts, hosts, None)

@@ -6,6 +6,7 @@ generator-based context manager once it is collected, which would tear down the 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -58,3 +59,13 @@ class Undo:
             error.also += failures
             # What a lost reply left open is settled by having given everything back.
             error.outcome = "unknown" if failures else "failed"
+        elif failures and isinstance(error, asyncio.CancelledError):
+            # A cancellation is no error, and says that nothing is left; here that would be a lie.
+            raise BangerError(
+                "operation_failed",
+                "cancelled, and what it had made could not all be given back: "
+                + "; ".join(failures),
+                hint="banger vm list",
+                reason="cancelled",
+                outcome="unknown",
+            ) from error
