@@ -64,7 +64,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "release.handles",
         "release.record",
     ),
-    "delete": ("delete.known_hosts", "delete.files", "delete.row"),
+    "delete": ("delete.known_hosts", "delete.aside", "delete.row", "delete.files"),
     "set": ("set.lease", "set.handles", "set.record"),
 }
 
@@ -120,6 +120,7 @@ class _Armed:
         self._marks = marks
         self.actions = actions
         self._met: set[Order] = set()
+        self.passed: list[str] = []
         for order in self.orders:
             if order.action not in (*ACTIONS, *actions):
                 raise ValueError(f"{order.action!r} is no action: one of {', '.join(ACTIONS)}")
@@ -152,8 +153,10 @@ def arm(
     *,
     marks: Path | None = None,
     actions: Mapping[str, Callable[[Order], None]] | None = None,
-) -> None:
+) -> list[str]:
     """From now on carry out these orders. `actions` gives more kinds of them, or others.
+
+    Returns the names of the steps that are met from now on, in a list that grows.
 
     Raises:
         ValueError: an order cannot be meant.
@@ -164,6 +167,7 @@ def arm(
         # It stays for the life of the process: only a test gets here.
         sys.addaudithook(_look)
         _hooked = True
+    return _armed.passed
 
 
 def arm_from_environment() -> None:
@@ -218,7 +222,10 @@ _UNARMED = Step()
 
 def step(name: str) -> Step:
     """Surround the step of this name, which stands in `STEPS`."""
-    return _UNARMED if _armed is None else _Watched(name, _armed)
+    if _armed is None:
+        return _UNARMED
+    _armed.passed.append(name)
+    return _Watched(name, _armed)
 
 
 class _Watched(Step):

@@ -16,6 +16,7 @@ from banger.files import remove_tree
 from banger.host.lease import LeaseId
 from banger.host.vmm_process import is_alive, kill_vmm
 from banger.vm.handles import Handles, clear_handles, find_handles
+from banger.vm.machines import find_machine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -47,7 +48,7 @@ def is_live(ctx: VmContext, vm: VmRecord) -> bool:
 
 async def settled(ctx: VmContext, vm: VmRecord) -> VmRecord:
     """The record as it is: one that says running of a machine that has ended is corrected first."""
-    if vm.state == "running" and not is_live(ctx, vm):
+    if vm.state == "running" and not is_live(ctx, vm) and vm.id not in ctx.undecided:
         async with ctx.locked(vm.id):
             now = ctx.store.find(vm.id)
             if now is not None and now.state == "running" and not is_live(ctx, now):
@@ -78,11 +79,13 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
         return True
 
     gone = True
-    if handles is not None and handles.process is not None:
-        process = handles.process
-        gone = await attempt(
-            "release.process", "ending the VMM", lambda: kill_vmm(process, handles.cgroup)
-        )
+    process = handles.process if handles is not None else None
+    if process is None and paths.runtime.exists():
+        # A daemon that was killed before it had written down what it had started.
+        process = find_machine(paths)
+    if process is not None:
+        ending, cgroup = process, handles.cgroup if handles is not None else None
+        gone = await attempt("release.process", "ending the VMM", lambda: kill_vmm(ending, cgroup))
     if gone:
         # Damaged handles: the ledger knows the lease by the VM's id.
         lease_id = handles.lease_id if handles is not None else LeaseId(vm_id)
@@ -100,6 +103,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
         async def forget_handles() -> None:
             clear_handles(paths)
             ctx.handles.pop(vm_id, None)
+            ctx.undecided.pop(vm_id, None)
 
         await attempt("release.handles", "removing its handles", forget_handles)
     return failures

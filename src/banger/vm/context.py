@@ -19,6 +19,7 @@ from banger.vm.handles import read_secrets
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from banger.api.doctor import Undecided
     from banger.api.records import VmRecord
     from banger.config.paths import Paths, VmPaths
     from banger.config.settings import Settings
@@ -64,6 +65,8 @@ class VmContext:
     home: Path = field(default_factory=Path.home)
     """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
+    undecided: dict[str, Undecided] = field(default_factory=dict)
+    """VM id → what reconcile found and may not decide; only the user's own word ends it."""
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _background: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -77,6 +80,11 @@ class VmContext:
         lock = self._locks.setdefault(vm_id, asyncio.Lock())
         async with lock:
             yield
+
+    def is_locked(self, vm_id: str) -> bool:
+        """Whether an operation on this VM is under way."""
+        lock = self._locks.get(vm_id)
+        return lock is not None and lock.locked()
 
     def forget(self, vm_id: str) -> None:
         """A deleted VM needs no lock any more."""

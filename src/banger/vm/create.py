@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from banger.progress import Reporter
     from banger.vm.context import VmContext
 
+log = logging.getLogger(__name__)
+
+ASIDE = ".delete-"
+"""Where a VM's directory goes while it is deleted: this and the VM's id."""
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
 _MOST_DISK = 128 * GIB
@@ -93,10 +98,12 @@ async def create(
     admission.check_disk(ctx, 0)
     report.stage("reserve", "reserving name and address")
 
+    vm_id = new_vm_id()
+
     def build(name: str, address: str) -> VmRecord:
         now = now_text()
         return VmRecord(
-            id=new_vm_id(),
+            id=vm_id,
             name=name,
             state="created",
             image_id=image.id,
@@ -118,29 +125,29 @@ async def create(
             touched_at=now,
         )
 
-    async with step("create.reserve"):
-        vm = ctx.store.reserve(
-            params.name,
-            ctx.settings.subnet if ctx.network == "bridge" else None,
-            frozenset({ctx.settings.bridge_ip}),
-            build,
-        )
-    async with ctx.locked(vm.id):
+    async with ctx.locked(vm_id):
         try:
-            paths = ctx.vm_paths(vm.id)
+            async with step("create.reserve"):
+                vm = ctx.store.reserve(
+                    params.name,
+                    ctx.settings.subnet if ctx.network == "bridge" else None,
+                    frozenset({ctx.settings.bridge_ip}),
+                    build,
+                )
             async with step("create.secrets"):
-                _make_secrets(paths, vm.name)
+                _make_secrets(ctx.vm_paths(vm.id), vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
-            now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
-            if kept and now is not None:
+            now = ctx.store.find(vm_id)
+            if now is None:
+                ctx.forget(vm_id)
+            elif isinstance(e, BangerError) and e.reason == "guest_not_ready":
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
-                ctx.store.update(vm.id, ephemeral=False, owner=None)
-            if not kept and now is not None and now.state != "error":
-                await forget_vm(ctx, vm)
+                ctx.store.update(vm_id, ephemeral=False, owner=None)
+            elif now.state != "error":
+                await forget_vm(ctx, now)
             raise
 
 
@@ -152,12 +159,33 @@ def _make_secrets(paths: VmPaths, name: str) -> None:
 
 
 async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
+    """Remove a VM that holds nothing any more: known_hosts lines, directory, row.
+
+    Its directory goes out of sight by one rename, before its row: killed at any moment, either the
+    VM is whole or the next daemon ends what was begun. Nobody meets a VM without its disks.
+    """
     hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    directory = ctx.vm_paths(vm.id).directory
+    aside = directory.with_name(f"{ASIDE}{vm.id}")
     async with step("delete.known_hosts"):
         replace_host(ctx.paths.known_hosts, hosts, None)
-    async with step("delete.files"):
-        remove_tree(ctx.vm_paths(vm.id).directory)
-    async with step("delete.row"):
-        ctx.store.delete(vm.id)
+    try:
+        async with step("delete.aside"):
+            if directory.exists():
+                remove_tree(aside)
+                directory.rename(aside)
+        async with step("delete.row"):
+            ctx.store.delete(vm.id)
+    except BaseException:
+        if ctx.store.find(vm.id) is None:
+            remove_tree(aside)
+        elif aside.exists():
+            aside.rename(directory)
+        raise
     ctx.forget(vm.id)
+    try:
+        async with step("delete.files"):
+            remove_tree(aside)
+    except (BangerError, OSError) as e:
+        # The VM is gone; what is left of it takes room, and doctor says so.
+        log.warning("removing what is left of VM %s in %s: %s", vm.name, aside, e)
