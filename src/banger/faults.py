@@ -66,6 +66,18 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "delete": ("delete.known_hosts", "delete.aside", "delete.row", "delete.files"),
     "set": ("set.lease", "set.handles", "set.record"),
+    # Images and kernels: what is built once and kept, and how entries appear and disappear.
+    "artefact": ("artefact.build", "artefact.seal", "artefact.publish"),
+    "build": ("build.publish",),
+    "pull": ("pull.layers", "pull.rootfs", "pull.describe", "pull.aside", "pull.publish"),
+    "register": ("register.publish",),
+    "promote": ("promote.copy", "promote.place", "promote.record"),
+    "kernel": ("kernel.aside", "kernel.publish"),
+    "discard": ("discard.image", "discard.kernel"),
+    # Workspaces. `apply` runs in the command line, with its user's rights.
+    "prepare": ("prepare.put", "prepare.record"),
+    "export": ("export.compare", "export.write"),
+    "apply": ("apply.receive", "apply.remove", "apply.move"),
 }
 
 _MOST_HANG_S = 60.0

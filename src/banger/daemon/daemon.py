@@ -20,6 +20,7 @@ from banger import __version__
 from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
+from banger.daemon.abandoned import remove_abandoned
 from banger.daemon.names import Names
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
@@ -196,6 +197,7 @@ class Daemon:
         await self.names.open()
         await reconcile(self.vms)
         await self._sweep()
+        await asyncio.to_thread(remove_abandoned, self.paths)
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:
                 self.guard(vm.id, ProcessRef(pid=vm.owner.pid, start_time=vm.owner.start_time))

@@ -8,7 +8,9 @@ removed by the next one of that name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ import msgspec
 
 from banger import files
 from banger.disk.identity import FileChanged, FileIdentity, check_identity, identify
+from banger.faults import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 _INDEX = "index.json"
 _STAGING = "build"
+_STAGING_NAME = re.compile(r"\.([a-z]+)-(.+)-[0-9a-f]{8}")
+REPLACED = "replaced-"
+"""What lies in a staging directory because something else takes its place: this and its name."""
 
 
 class _Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,12 +68,15 @@ def built_artefacts(
         remove_abandoned(directory, _STAGING)
         if refresh or not _is_intact(target):
             with files.staging_directory(directory, _STAGING) as staging:
-                build(staging)
+                with step("artefact.build"):
+                    build(staging)
                 job.check()
-                _seal(staging)
-                files.remove_tree(target)
-                staging.rename(target)
-                files.sync_directory(directory)
+                with step("artefact.seal"):
+                    _seal(staging)
+                with step("artefact.publish"):
+                    files.remove_tree(target)
+                    staging.rename(target)
+                    files.sync_directory(directory)
             for other in directory.iterdir():
                 if other != target and not other.name.startswith("."):
                     files.remove_tree(other)
@@ -80,15 +89,60 @@ def find_artefacts(directory: Path, key: str) -> Path | None:
     return target if _is_intact(target) else None
 
 
-def remove_abandoned(parent: Path, prefix: str) -> None:
+def remove_abandoned(
+    parent: Path, prefix: str, *, is_missing: Callable[[Path], bool] | None = None
+) -> None:
     """Remove staging directories of this prefix. The caller holds the lock that their makers held.
 
-    Two staging directories with one prefix exist only when a process was killed over one.
+    Two staging directories with one prefix exist only when a process was killed over one. What it
+    had taken out of `parent` to put something else in its place (`REPLACED` and its name) comes
+    back first, where there is nothing: `is_missing` looks at where it was.
     """
     pattern = re.compile(rf"\.{re.escape(prefix)}-[0-9a-f]{{8}}")
     for path in parent.iterdir():
         if pattern.fullmatch(path.name):
+            for replaced in path.glob(f"{REPLACED}*"):
+                target = parent / replaced.name.removeprefix(REPLACED)
+                if not target.exists() and (is_missing is None or is_missing(target)):
+                    replaced.rename(target)
             files.remove_tree(path)
+
+
+def recover(
+    parent: Path, *, is_missing: Callable[[str, Path], bool] | None = None
+) -> tuple[Path, ...]:
+    """Remove every staging directory below `parent` whose maker was killed; return them.
+
+    Entries of one name have one lock there, `.NAME.lock`; whose lock is held is left alone.
+    """
+    done = []
+    for path in sorted(parent.glob(".*-*")):
+        found = _STAGING_NAME.fullmatch(path.name)
+        if found is None or path.is_symlink() or not path.is_dir():
+            continue
+        kind, name = found.groups()
+        with _if_free(parent / f".{name}.lock") as free:
+            if free and files.is_abandoned(path):
+
+                def missing(target: Path, name: str = name) -> bool:
+                    return is_missing is None or is_missing(name, target)
+
+                remove_abandoned(parent, f"{kind}-{name}", is_missing=missing)
+                done.append(path)
+    return tuple(done)
+
+
+@contextlib.contextmanager
+def _if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock file if nobody else does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
 
 
 def _seal(staging: Path) -> None:

@@ -22,6 +22,7 @@ from banger.disk.identity import identify
 from banger.disk.space import require_space
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.faults import step
 from banger.image.debian import (
     build_mmdebstrap_argv,
     explain_failure,
@@ -316,6 +317,7 @@ def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Jo
                 created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             ),
         )
-        new.rename(paths.images / image_id)
-        files.sync_directory(paths.images)
+        with step("build.publish"):
+            new.rename(paths.images / image_id)
+            files.sync_directory(paths.images)
     return get_image(paths, image_id)

@@ -14,9 +14,11 @@ import msgspec
 
 from banger import files
 from banger.api.records import ImageConfig, ImageRecord
+from banger.disk.artefacts import recover, remove_abandoned
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -99,7 +101,10 @@ def delete_image(paths: Paths, name_or_id: str) -> None:
     with lock_image(paths, name, Job()):
         record = get_image(paths, name)
         # Out of sight by one rename first: an image is never seen half removed.
-        with files.staging_directory(paths.images, f"delete-{name}") as aside:
+        with (
+            files.staging_directory(paths.images, f"delete-{name}") as aside,
+            step("discard.image"),
+        ):
             (paths.images / record.id).rename(aside / record.id)
 
 
@@ -138,6 +143,22 @@ def check_image_files(paths: Paths, record: ImageRecord) -> None:
             paths.images / record.id,
             msgspec.structs.replace(manifest, rootfs_mtime_ns=found.mtime_ns),
         )
+
+
+def clear_abandoned(paths: Paths, name: str, *kinds: str) -> None:
+    """Remove what killed makers of this image left; one that was just being replaced is back then.
+
+    The caller holds its lock.
+    """
+    for kind in kinds:
+        remove_abandoned(
+            paths.images, f"{kind}-{name}", is_missing=lambda _: find_image(paths, name) is None
+        )
+
+
+def recover_images(paths: Paths) -> tuple[Path, ...]:
+    """As `clear_abandoned`, of every image that nobody works on; what was removed."""
+    return recover(paths.images, is_missing=lambda name, _: find_image(paths, name) is None)
 
 
 def lock_image(paths: Paths, name: str, job: Job) -> AbstractContextManager[None]:

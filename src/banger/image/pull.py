@@ -14,15 +14,17 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from banger import files
-from banger.disk.artefacts import remove_abandoned
+from banger.disk.artefacts import REPLACED
 from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
 from banger.disk.space import require_space
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.faults import step
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
+    clear_abandoned,
     find_image,
     get_image,
     list_images,
@@ -117,6 +119,7 @@ async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> Ima
 
 def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
     with lock_image(paths, plan.name, job):
+        clear_abandoned(paths, plan.name, "pull", "delete")
         existing = find_image(paths, plan.name)
         if existing is not None and not _is_same(existing, plan) and not plan.replace:
             raise BangerError(
@@ -145,8 +148,6 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
                         f"the image {plan.name} is an older {plan.reference}",
                         hint=f"banger image pull --force {plan.reference}",
                     )
-            for kind in ("pull", "delete"):
-                remove_abandoned(paths.images, f"{kind}-{plan.name}")
             try:
                 return _import(paths, plan, source.fetch(), source.digest, existing, job)
             except BangerError as e:
@@ -172,7 +173,8 @@ def _import(
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
     job.stage("layers", f"reading {len(image.layers)} layers of {what}")
-    index = index_layers(image.layers, what=what, work=job)
+    with step("pull.layers"):
+        index = index_layers(image.layers, what=what, work=job)
     require_space(
         paths.images,
         needed_bytes=max(_LEAST_BYTES, index.content_bytes // 2),
@@ -190,19 +192,26 @@ def _import(
         image_id = secrets.token_hex(16)
         new = staging / image_id
         new.mkdir(mode=0o755)
-        write_squashfs(new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode)
+        with step("pull.rootfs"):
+            write_squashfs(
+                new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode
+            )
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
-        _describe(new, plan, config, merged)
-        if replaced is not None:
-            (paths.images / replaced.id).rename(staging / replaced.id)
+        with step("pull.describe"):
+            _describe(new, plan, config, merged)
+        aside = staging / f"{REPLACED}{replaced.id}" if replaced is not None else None
         try:
-            new.rename(paths.images / image_id)
-        except OSError:
-            if replaced is not None:
-                (staging / replaced.id).rename(paths.images / replaced.id)
+            with step("pull.aside"):
+                if replaced is not None and aside is not None:
+                    (paths.images / replaced.id).rename(aside)
+            with step("pull.publish"):
+                new.rename(paths.images / image_id)
+                files.sync_directory(paths.images)
+        except BaseException:
+            if replaced is not None and aside is not None and aside.exists() and new.exists():
+                aside.rename(paths.images / replaced.id)
             raise
-        files.sync_directory(paths.images)
     return get_image(paths, image_id)
 
 

@@ -13,9 +13,11 @@ import msgspec
 
 from banger import files
 from banger.api.records import KernelRecord
+from banger.disk.artefacts import REPLACED, recover
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -83,7 +85,10 @@ def delete_kernel(paths: Paths, name: str) -> None:
     with lock_kernel(paths, name, Job()):
         record = get_kernel(paths, name)
         # Out of sight by one rename first: an entry is never seen half removed.
-        with files.staging_directory(paths.kernels, f"delete-{name}") as aside:
+        with (
+            files.staging_directory(paths.kernels, f"delete-{name}") as aside,
+            step("discard.kernel"),
+        ):
             Path(record.directory).rename(aside / name)
 
 
@@ -158,16 +163,23 @@ def publish_entry(paths: Paths, name: str, new: Path, staging: Path) -> None:
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
     target = paths.kernels / name
-    replaced = staging / "replaced"
-    if target.exists():
-        target.rename(replaced)
+    replaced = staging / f"{REPLACED}{name}"
     try:
-        new.rename(target)
-    except OSError:
-        if replaced.exists():
+        with step("kernel.aside"):
+            if target.exists():
+                target.rename(replaced)
+        with step("kernel.publish"):
+            new.rename(target)
+            files.sync_directory(paths.kernels)
+    except BaseException:
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise
-    files.sync_directory(paths.kernels)
+
+
+def recover_kernels(paths: Paths) -> tuple[Path, ...]:
+    """Remove what killed makers of entries left; an entry that was just being replaced is back."""
+    return recover(paths.kernels)
 
 
 def _manifest(directory: Path) -> KernelManifest:
