@@ -382,9 +382,9 @@ async def test_table_names_the_steps_that_are_passed(
 ) -> None:
     world, scenario = make("bridge"), SCENARIOS[name]
     await set_up(world, scenario)
-    passed = arm(())
+    met = arm(())
     await scenario.act(world)
-    assert set(passed) == set(scenario.steps)
+    assert set(met.steps) == set(scenario.steps)
 
 
 async def test_matrix_has_every_step_of_a_vm() -> None:

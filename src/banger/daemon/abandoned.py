@@ -31,7 +31,7 @@ def remove_abandoned(paths: Paths) -> None:
     steps: tuple[Callable[[Paths], tuple[Path, ...]], ...] = (
         recover_images,
         recover_kernels,
-        _recover_scratch,
+        _recover_others,
     )
     for recover in steps:
         try:
@@ -41,8 +41,15 @@ def remove_abandoned(paths: Paths) -> None:
             log.warning("removing what killed operations left: %s", e)
 
 
-def _recover_scratch(paths: Paths) -> tuple[Path, ...]:
-    return tuple(_removed(paths.cache / "scratch"))
+def _recover_others(paths: Paths) -> tuple[Path, ...]:
+    places = [
+        paths.cache / "scratch",
+        paths.oci_blobs.parent,
+        paths.state,
+        *paths.build_cache.glob("*/*"),
+        *(place for place in paths.images.glob("*") if place.is_dir()),
+    ]
+    return tuple(path for place in places for path in _removed(place))
 
 
 def _removed(directory: Path) -> Iterator[Path]:

@@ -13,7 +13,9 @@ from banger.api.doctor import DoctorFacts, Undecided
 from banger.api.params import Doctor
 from banger.doctor.check import Check, Finding, count, failed, passed, warned
 from banger.errors import BangerError
-from banger.files import remove_tree
+from banger.files import is_abandoned, remove_tree
+from banger.image.entries import recover_images
+from banger.kernel.entries import recover_kernels
 from banger.names import short_id
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def _look_leftovers(world: World) -> Iterator[Finding]:
         yield failed(
             f"{program} (pid {pid}) runs for no VM of this installation", command=f"kill {pid}"
         )
-    staging = [path for path in _staging_directories(world) if not _is_in_use(path.parent)]
+    staging = [path for path in _staging_directories(world) if _is_left(path)]
     if staging:
         yield warned(
             f"{count(len(staging), 'directory', 'directories')} of interrupted builds and pulls",
@@ -206,12 +208,20 @@ def _staging_directories(world: World) -> Iterator[Path]:
     """
     paths = world.paths
     places = [paths.images, paths.kernels, paths.state, paths.oci_blobs.parent]
+    places.append(paths.cache / "scratch")
     # <build cache>/<kind>/<name>/.build-…
     places += [name for kind in _entries(paths.build_cache) for name in _entries(kind)]
     for place in places:
         for path in _entries(place):
             if _STAGING.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 yield path
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        return is_abandoned(path) and not _is_in_use(path.parent)
+    except OSError:  # not ours, or just gone
+        return False
 
 
 def _is_in_use(directory: Path) -> bool:
@@ -256,7 +266,10 @@ def _fix_sweep(world: World, report: Reporter) -> Iterator[str]:
 
 def _fix_leftovers(world: World, report: Reporter) -> Iterator[str]:
     yield from _fix_sweep(world, report)
-    for path in _staging_directories(world):
+    # What was being replaced in these two comes back.
+    for path in (*recover_images(world.paths), *recover_kernels(world.paths)):
+        yield f"removed {path}"
+    for path in filter(_is_left, _staging_directories(world)):
         if _remove_unused(path):
             yield f"removed {path}"
 
