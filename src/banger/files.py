@@ -79,10 +79,11 @@ def _name_beside(path: Path) -> str:
     return f".{path.name[:200]}.{os.urandom(4).hex()}"
 
 
-def remove_leftovers(directory: Path) -> list[str]:
+def remove_leftovers(directory: Path, *, plain: bool = True) -> list[str]:
     """Remove what `new_file` and `staging_directory` of killed processes left in a directory.
 
-    The caller knows that nobody is at work there. Returns the names; an absent directory has none.
+    A staging directory stays while its maker lives. Of a `plain` file nobody can tell, so the
+    caller knows that none is being written there. Returns the names; an absent directory has none.
     """
     removed = []
     try:
@@ -93,9 +94,13 @@ def remove_leftovers(directory: Path) -> list[str]:
         if _BESIDE.fullmatch(name):
             path = directory / name
             if path.is_dir() and not path.is_symlink():
+                if not is_abandoned(path):
+                    continue
                 remove_tree(path)
-            else:
+            elif plain:
                 path.unlink(missing_ok=True)
+            else:
+                continue
             removed.append(name)
     return removed
 
@@ -385,14 +390,39 @@ def remove_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def staging_directory(parent: Path, prefix: str) -> Iterator[Path]:
-    """A private directory beside a result; what is left in it at the end is removed."""
+    """A private directory beside a result; what is left in it at the end is removed.
+
+    It is locked meanwhile, so that one whose maker was killed can be told: see `is_abandoned`.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{prefix}-{os.urandom(4).hex()}"
-    path.mkdir(mode=0o700)
+    while True:
+        path = parent / f".{prefix}-{os.urandom(4).hex()}"
+        path.mkdir(mode=0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        # Between the two somebody may have taken it for abandoned.
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)
     try:
         yield path
     finally:
-        remove_tree(path)
+        try:
+            remove_tree(path)
+        finally:
+            os.close(fd)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody works in a staging directory any more. Raises OSError: it is not ours."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 @contextlib.contextmanager

@@ -65,14 +65,14 @@ EMPTY: dict[str, list[str]] = {
 def processes_below(directory: Path) -> list[int]:
     """The processes whose working directory lies below `directory`; zombies have none."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    for name in os.listdir("/proc"):
+        if name.isdigit():
             try:
-                where = os.readlink(entry / "cwd").removesuffix(" (deleted)")
+                where = os.readlink(f"/proc/{name}/cwd").removesuffix(" (deleted)")
             except OSError:
                 continue
-            if Path(where).is_relative_to(directory):
-                found.append(int(entry.name))
+            if f"{where}/".startswith(f"{directory}/"):
+                found.append(int(name))
     return found
 
 
@@ -129,7 +129,7 @@ class World:
             launcher=self._launch,
             jail_base=self.jailing.base if self.jailing else None,
         )
-        self.driver = FakeDriver(self.faults)
+        self.driver = FakeDriver(self.faults, user_network=network == "user")
         self.store = VmStore(open_database(self.paths.database))
         self._patch = pytest.MonkeyPatch()
         self.transitions = watch_rows(self._patch)
@@ -236,6 +236,8 @@ class World:
         """
         await self.ctx.close()
         self._old.append(self.ctx)
+        # What it published, and who listens for guests, was in its memory.
+        self.names = FakeNames()
         self.ctx = self.new_context()
         await reconcile(self.ctx)
 

@@ -18,6 +18,7 @@ from banger.api.records import ImageConfig, ImageRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def delete_image(
     with (
         lock_image(paths, name, job),
         files.staging_directory(paths.images, f"delete-{name}") as aside,
+        step("discard.image"),
     ):
         gone = job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
         files.sync_directory(paths.images)
@@ -205,7 +207,8 @@ def publish_image(
     Raises:
         BangerError: what `refuse` raises of the image to be replaced; both are as they were.
     """
-    files.sync_tree(new)
+    with step("image.sync"):
+        files.sync_tree(new)
 
     def publish() -> None:
         if replaced is not None:
@@ -214,8 +217,9 @@ def publish_image(
         if replaced is not None and aside is not None:
             put_aside(paths, replaced, aside)
 
-    job.at_once(publish)
-    files.sync_directory(paths.images)
+    with step("image.publish"):
+        job.at_once(publish)
+        files.sync_directory(paths.images)
     return get_image(paths, new.name)
 
 

@@ -19,6 +19,7 @@ from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.faults import step
 from banger.image.cache import require_room
 from banger.image.entries import (
     ROOTFS,
@@ -140,6 +141,8 @@ async def pull_image(
 
 def _pull(paths: Paths, plan: PullPlan, refuse: Refuse, job: Job) -> ImageRecord:
     with lock_image(paths, plan.name, job):
+        for kind in ("pull", "delete"):
+            remove_abandoned(paths.images, f"{kind}-{plan.name}")
         existing = find_image(paths, plan.name)
         if existing is not None and not _is_same(existing, plan) and not plan.replace:
             raise BangerError(
@@ -175,8 +178,6 @@ def _pull(paths: Paths, plan: PullPlan, refuse: Refuse, job: Job) -> ImageRecord
                         f"the image {plan.name} is an older {plan.reference}",
                         hint=f"banger image pull --force {plan.reference}",
                     )
-            for kind in ("pull", "delete"):
-                remove_abandoned(paths.images, f"{kind}-{plan.name}")
             try:
                 return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
             except BangerError as e:
@@ -213,7 +214,8 @@ def _import(
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
     job.stage("layers", f"reading {count_layers(len(image.layers))} of {what}")
-    index = index_layers(image.layers, what=what, work=job)
+    with step("pull.layers"):
+        index = index_layers(image.layers, what=what, work=job)
     require_room(
         paths,
         paths.images,
@@ -232,10 +234,14 @@ def _import(
         image_id = secrets.token_hex(16)
         new = staging / image_id
         new.mkdir(mode=0o755)
-        write_squashfs(new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode)
+        with step("pull.rootfs"):
+            write_squashfs(
+                new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode
+            )
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
-        _describe(new, plan, config, merged)
+        with step("pull.describe"):
+            _describe(new, plan, config, merged)
         return publish_image(paths, new, job=job, replaced=replaced, aside=staging, refuse=refuse)
 
 

@@ -17,6 +17,7 @@ from banger.api.records import KernelRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def delete_kernel(
     with (
         lock_kernel(paths, name, job),
         files.staging_directory(paths.kernels, f"delete-{name}") as aside,
+        step("discard.kernel"),
     ):
         job.at_once(lambda: put_aside(aside))
         files.sync_directory(paths.kernels)
@@ -186,7 +188,8 @@ def publish_entry(paths: Paths, name: str, new: Path) -> None:
 
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
-    files.publish_directory(new, paths.kernels / name)
+    with step("kernel.publish"):
+        files.publish_directory(new, paths.kernels / name)
 
 
 def now_text() -> str:

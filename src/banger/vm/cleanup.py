@@ -18,6 +18,7 @@ from banger.files import remove_tree
 from banger.host.lease import LeaseId
 from banger.host.vmm_process import is_alive, kill_vmm
 from banger.vm.handles import Handles, clear_handles, find_handles
+from banger.vm.machines import find_machine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -53,7 +54,7 @@ def as_it_is(ctx: VmContext, vm: VmRecord) -> VmRecord:
     Whoever ends it, or its watcher, corrects the row when what it held has been given back; nobody
     who only looks waits for that.
     """
-    if vm.state == "running" and not is_live(ctx, vm):
+    if vm.state == "running" and not is_live(ctx, vm) and vm.id not in ctx.undecided:
         return msgspec.structs.replace(
             vm, state="stopped", boot_id=None, last_error="the machine ended by itself"
         )
@@ -82,11 +83,13 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
         return True
 
     gone = True
-    if handles is not None and handles.process is not None:
-        process = handles.process
-        gone = await attempt(
-            "release.process", "ending the VMM", lambda: kill_vmm(process, handles.cgroup)
-        )
+    process = handles.process if handles is not None else None
+    if process is None and paths.runtime.exists():
+        # A daemon that was killed before it had written down what it had started.
+        process = find_machine(paths)
+    if process is not None:
+        ending, cgroup = process, handles.cgroup if handles is not None else None
+        gone = await attempt("release.process", "ending the VMM", lambda: kill_vmm(ending, cgroup))
     if gone:
         # Damaged handles: the ledger knows the lease by the VM's id.
         lease_id = handles.lease_id if handles is not None else LeaseId(vm_id)
@@ -105,6 +108,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
             clear_handles(paths)
             ctx.handles.pop(vm_id, None)
             ctx.admitted.discard(vm_id)
+            ctx.undecided.pop(vm_id, None)
 
         await attempt("release.handles", "removing its handles", forget_handles)
     return failures

@@ -20,6 +20,7 @@ from banger.vm.handles import read_secrets
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from banger.api.doctor import Undecided
     from banger.api.records import VmRecord
     from banger.config.paths import Paths, VmPaths
     from banger.config.settings import Settings
@@ -65,6 +66,8 @@ class VmContext:
     home: Path = field(default_factory=Path.home)
     """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
+    undecided: dict[str, Undecided] = field(default_factory=dict)
+    """VM id → what reconcile found and may not decide; only the user's own word ends it."""
     admitted: set[str] = field(default_factory=set)
     """VMs whose start was let through, until what they held is given back."""
     some_run: asyncio.Event = field(default_factory=asyncio.Event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,17 @@ from banger.vm.handles import Secrets
 from banger.vm.start import start
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from banger.api.params import CreateVm
     from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
 
+log = logging.getLogger(__name__)
+
+ASIDE = ".delete-"
+"""Where a VM's directory goes while it is deleted: this and the VM's id."""
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
 _MOST_DISK = 128 * GIB
@@ -100,10 +107,12 @@ async def create(
         )
     report.stage("reserve", "reserving name and address")
 
+    vm_id = new_vm_id()
+
     def build(name: str, address: str) -> VmRecord:
         now = now_text()
         return VmRecord(
-            id=new_vm_id(),
+            id=vm_id,
             name=name,
             state="created",
             image_id=image.id,
@@ -126,32 +135,32 @@ async def create(
             touched_at=now,
         )
 
-    async with step("create.reserve"):
-        vm = ctx.store.reserve(
-            params.name,
-            ctx.settings.subnet if ctx.network == "bridge" else None,
-            frozenset({ctx.settings.bridge_ip}),
-            build,
-        )
-    async with ctx.locked(vm.id):
+    async with ctx.locked(vm_id):
         try:
-            paths = ctx.vm_paths(vm.id)
+            async with step("create.reserve"):
+                vm = ctx.store.reserve(
+                    params.name,
+                    ctx.settings.subnet if ctx.network == "bridge" else None,
+                    frozenset({ctx.settings.bridge_ip}),
+                    build,
+                )
             async with step("create.secrets"):
-                _make_secrets(paths, vm.name)
+                _make_secrets(ctx.vm_paths(vm.id), vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
-            now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready" and not building
-            if kept and now is not None:
-                # Its console is wanted: it waits for `vm logs` and `vm delete`.
-                ctx.store.update(vm.id, ephemeral=False, owner=None)
-            if not kept and now is not None and now.state != "error":
-                await forget_vm(ctx, vm)
-            elif now is not None and not kept:
-                # It is listed from now on, and stays until somebody deletes it.
-                ctx.store.update(vm.id, provisional=False)
+            now = ctx.store.find(vm_id)
+            if now is not None:
+                kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+                if kept and not building:
+                    # Its console is wanted: it waits for `vm logs` and `vm delete`.
+                    ctx.store.update(vm_id, ephemeral=False, owner=None)
+                elif now.state != "error":
+                    await forget_vm(ctx, now)
+                else:
+                    # It is listed from now on, and stays until somebody deletes it.
+                    ctx.store.update(vm_id, provisional=False)
             raise
 
 
@@ -163,14 +172,15 @@ def _make_secrets(paths: VmPaths, name: str) -> None:
 
 
 async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: known_hosts lines, row, directory.
+    """Remove a VM that holds nothing any more: known_hosts lines, directory, row.
 
-    The row before the directory: one without a row is removed by the next start of the daemon, but
-    a row without its disks would be a VM that cannot start. On a full disk the directory makes room
-    for the rest.
+    Its directory goes out of sight by one rename, before its row: killed at any moment, either the
+    VM is whole or the next daemon ends what was begun. Nobody meets a VM without its disks. On a
+    full disk the directory makes room for the rest.
     """
-    directory = ctx.vm_paths(vm.id).directory
     hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    directory = ctx.vm_paths(vm.id).directory
+    aside = directory.with_name(f"{ASIDE}{vm.id}")
     full = False
     try:
         async with step("delete.known_hosts"):
@@ -180,14 +190,33 @@ async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
         if not full:
             raise
     try:
+        async with step("delete.aside"):
+            if directory.exists():
+                remove_tree(aside)
+                directory.rename(aside)
         async with step("delete.row"):
-            ctx.store.delete(vm.id)
+            _delete_row(ctx, vm, aside)
+    except BaseException:
+        if ctx.store.find(vm.id) is None:
+            remove_tree(aside)
+        elif aside.exists():
+            aside.rename(directory)
+        raise
+    try:
+        async with step("delete.files"):
+            remove_tree(aside)
+    except (BangerError, OSError) as e:
+        # The VM is gone; what is left of it takes room, and doctor says so.
+        log.warning("removing what is left of VM %s in %s: %s", vm.name, aside, e)
+    if full:
+        replace_host(ctx.paths.known_hosts, hosts, None)
+
+
+def _delete_row(ctx: VmContext, vm: VmRecord, aside: Path) -> None:
+    try:
+        ctx.store.delete(vm.id)
     except BangerError as e:
         if e.reason != "disk_full":
             raise
-        remove_tree(directory)
+        remove_tree(aside)
         ctx.store.delete(vm.id)
-    async with step("delete.files"):
-        remove_tree(directory)
-    if full:
-        replace_host(ctx.paths.known_hosts, hosts, None)
