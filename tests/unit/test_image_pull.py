@@ -375,6 +375,10 @@ async def test_what_cannot_be_pulled_is_refused_before_anything(
     assert caught.value.code == "bad_request"
 
 
+class Killed(BaseException):
+    """Nothing that follows happens."""
+
+
 async def test_an_image_is_never_gone_while_it_is_replaced(
     paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,12 +388,12 @@ async def test_an_image_is_never_gone_while_it_is_replaced(
 
     def die(self: Path, target: Path) -> Path:
         if self.name == old.id:
-            raise KeyboardInterrupt
+            raise Killed
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", die)
     wanted = plan(archive(tmp_path, b"2"), replace=True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         await pull_image(paths, wanted, reporter=Silent())
     monkeypatch.setattr(Path, "rename", real)
     manifest = paths.images / old.id / "manifest.json"
