@@ -100,7 +100,7 @@ async def test_a_sweep_gives_back_what_no_vm_uses_and_nothing_else(
     (world.paths.vms / "somebody-elses").mkdir()
     await world.host.prepare(build_lease_plan(gone, daemon.settings, jail=False))
     # The row is lost, as after a restored backup; everything else of it is still there.
-    world.store.delete(gone.id)
+    world.lose_row(gone)
     facts = await ask(daemon, sweep=True)
     after = world.census()
     assert after["leases"] == [web.id]
