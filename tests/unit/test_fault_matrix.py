@@ -28,7 +28,7 @@ from banger.errors import BangerError
 from banger.faults import MOMENTS, STEPS, Order, arm, disarm
 from banger.host.vmm_process import is_alive
 from banger.vm.change import change
-from banger.vm.cleanup import is_live, settled
+from banger.vm.cleanup import is_live
 from banger.vm.handles import find_handles
 from banger.vm.reconcile import reconcile
 from banger.vm.stop import delete, kill, stop
@@ -322,8 +322,14 @@ async def go_through(world: World, scenario: Scenario, order: str) -> None:
         async with asyncio.timeout(10):
             while processes_below(world.paths.runtime) + processes_below(world.root / "jail"):
                 await asyncio.sleep(0.001)
-    for vm in world.store.list():
-        await settled(world.ctx, vm)  # as `vm list` does
+    # Its watcher corrects the record of a machine that has ended.
+    async with asyncio.timeout(10):
+        while any(vm.state == "running" and not known(world, vm) for vm in world.store.list()):
+            await asyncio.sleep(0.001)
+
+
+def known(world: World, vm: VmRecord) -> bool:
+    return is_live(world.ctx, vm) or vm.id in world.ctx.undecided
 
 
 async def again(world: World, scenario: Scenario) -> None:

@@ -291,7 +291,8 @@ async def test_room_for_a_download_is_made_before_it(paths: Paths, registry: Fak
     old = paths.oci_blobs / first.layers[0].removeprefix("sha256:")
     seen: list[bool] = []
     job = Job(AtStage("download", lambda: seen.append(old.exists())))
-    await asyncio.to_thread(pull_module._pull, paths, plan(f"{reference}:v2", limit=150_000), job)
+    wanted = plan(f"{reference}:v2", limit=150_000)
+    await asyncio.to_thread(pull_module._pull, paths, wanted, allow, job)
     assert seen == [False]
 
 
@@ -301,7 +302,8 @@ async def test_a_pull_in_the_middle_keeps_its_layers_when_others_prune(
     registry.add(build_image([layer_tar([Entry("a")]), layer_tar([Entry("b")])]), "v1")
     pruned: list[PrunedCache] = []
     job = Job(AtStage("layers", lambda: pruned.append(asyncio.run(prune(paths)))))
-    await asyncio.to_thread(pull_module._pull, paths, plan(f"{registry.host}/team/app:v1"), job)
+    wanted = plan(f"{registry.host}/team/app:v1")
+    await asyncio.to_thread(pull_module._pull, paths, wanted, allow, job)
     assert [(done.blobs, done.in_use_blobs) for done in pruned] == [(0, 3)]
     assert (await prune(paths)).blobs == 3
 
@@ -373,6 +375,10 @@ async def test_what_cannot_be_pulled_is_refused_before_anything(
     with pytest.raises(BangerError) as caught:
         plan_pull(reference, default_registry="registry.invalid", kernel_ref="k", platform=platform)
     assert caught.value.code == "bad_request"
+
+
+def allow(_: object) -> None:
+    """Nobody uses an image that is to be replaced."""
 
 
 class Killed(BaseException):

@@ -215,7 +215,7 @@ async def test_machine_without_a_row_is_never_touched(world: World) -> None:
     vm = await world.create()
     process = world.handles(vm).process
     assert process is not None
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     before = world.census()
     await world.crash()
     assert is_alive(process)
@@ -230,7 +230,7 @@ async def test_disks_without_a_row_stay_and_are_told(world: World) -> None:
     """A database that was lost or restored must not take the users' disks with it."""
     vm = await world.create()
     await stop(world.ctx, vm)
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     await world.crash()
     assert world.paths.vm(vm.id).work.exists()
     (undecided,) = world.ctx.undecided.values()
@@ -239,7 +239,7 @@ async def test_disks_without_a_row_stay_and_are_told(world: World) -> None:
 
 async def test_directory_without_a_row_and_without_disks_is_removed(world: World) -> None:
     vm = await world.create(start=False)
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     await world.crash()
     assert world.census() == EMPTY
 
@@ -250,7 +250,7 @@ async def test_directory_whose_lease_cannot_be_given_back_waits_for_the_next_dae
     vm = await world.create()
     process = world.handles(vm).process
     assert process is not None
-    world.store.delete(vm.id)
+    world.lose_row(vm)
     await world.ctx.close()
     await kill_vmm(process, None)
     world.paths.vm(vm.id).work.unlink()

@@ -302,8 +302,9 @@ async def test_vm_whose_rollback_failed_can_still_be_deleted(world: World) -> No
     await reached.wait()
     world.faults.fail("host.release")
     creating.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(BangerError, match="could not all be given back") as caught:
         await creating
+    assert (caught.value.reason, caught.value.outcome) == ("cancelled", "unknown")
     vm = world.store.resolve("web")
     assert vm.state == "error"
     assert "host.release failed" in (vm.last_error or "")

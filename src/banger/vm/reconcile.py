@@ -267,6 +267,8 @@ class _Reconciliation:
         if failures:
             ctx.store.update(vm.id, state="error", last_error="; ".join(failures))
         elif vm.provisional or vm.building:
+            if vm.state == "running":
+                vm = ctx.store.update(vm.id, state="stopped", boot_id=None)
             await forget_vm(ctx, vm)
             what = "build" if vm.building else "create"
             self._tell(f"VM {vm.name} is removed: its {what} had not ended")

@@ -67,7 +67,6 @@ async def start(
     """
     if is_live(ctx, vm):
         return vm
-    _refuse_lost(ctx, vm)
     if vm.id in ctx.undecided:
         # Whatever runs there is not ended by a start, which nobody gives to lose something.
         raise BangerError(
@@ -75,6 +74,7 @@ async def start(
             f"starting VM {vm.name}: {ctx.undecided[vm.id].what}",
             hint=ctx.undecided[vm.id].command,
         )
+    _refuse_lost(ctx, vm)
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
     async with step("start.clean"):
         failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
