@@ -64,7 +64,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "release.handles",
         "release.record",
     ),
-    "delete": ("delete.known_hosts", "delete.files", "delete.row"),
+    "delete": ("delete.row", "delete.files", "delete.known_hosts"),
     "set": ("set.lease", "set.handles", "set.record"),
 }
 

@@ -141,6 +141,22 @@ def test_list_is_a_table_with_the_facts_of_each_vm(cli: CommandLine, serve: Serv
     assert done.err == ""
 
 
+def test_list_says_why_a_vm_stands_still_and_what_the_disk_lacks(
+    cli: CommandLine, serve: Serve
+) -> None:
+    full = "/state has 1.2G free, less than the 2G that are kept in reserve (disk_reserve)"
+    vms = [named("db", warning=full), named("web", paused="/state has 100M free", warning=full)]
+    serve(vm__list=lambda _: vms)
+    done = cli("vm", "list")
+    assert [line.split()[1:3] for line in done.out.splitlines()[1:]] == [
+        ["running", "debian"], ["running", "(paused)"],
+    ]  # fmt: skip
+    assert done.err == (
+        "banger: warning: VM web is paused: /state has 100M free\n"
+        f"banger: warning: {full}\nhint: banger vm prune\n"
+    )
+
+
 def test_ps_is_list(cli: CommandLine, serve: Serve) -> None:
     serve(vm__list=lambda _: [VM])
     assert cli("ps").out == cli("vm", "list").out
@@ -255,7 +271,7 @@ def test_daemon_that_dies_while_it_answers_is_told_from_a_failure(
     serve(vm__stop=die)
     done = cli("vm", "stop", "web")
     assert done.status == 1
-    assert "whether it was carried out is unknown" in done.err
+    assert "may or may not have been stopped" in done.err
 
 
 # --- several at once ------------------------------------------------------------------------------

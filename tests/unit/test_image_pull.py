@@ -373,3 +373,30 @@ async def test_what_cannot_be_pulled_is_refused_before_anything(
     with pytest.raises(BangerError) as caught:
         plan_pull(reference, default_registry="registry.invalid", kernel_ref="k", platform=platform)
     assert caught.value.code == "bad_request"
+
+
+async def test_an_image_is_never_gone_while_it_is_replaced(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames: both are there, and the newer one has the name."""
+    old = await pull_image(paths, plan(archive(tmp_path)), reporter=Silent())
+    real = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self.name == old.id:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", die)
+    wanted = plan(archive(tmp_path, b"2"), replace=True)
+    with pytest.raises(KeyboardInterrupt):
+        await pull_image(paths, wanted, reporter=Silent())
+    monkeypatch.setattr(Path, "rename", real)
+    manifest = paths.images / old.id / "manifest.json"
+    aged = manifest.read_text().replace('"created_at": "2', '"created_at": "1')
+    manifest.chmod(0o644)
+    manifest.write_text(aged)
+    assert len(list_images(paths)) == 2
+    found = find_image(paths, "app")
+    assert found is not None
+    assert found.id != old.id

@@ -24,12 +24,15 @@ from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
+    find_manifest,
     get_image,
     list_images,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.sources import open_source
+from banger.names import is_temporary_image
 from banger.oci.documents import count_layers, guest_config
 from banger.oci.errors import reading
 from banger.oci.merge import Merged, index_layers, write_merged
@@ -66,6 +69,7 @@ class PullPlan(msgspec.Struct, frozen=True, kw_only=True):
     again: bool
     reserve_bytes: int
     cache_limit_bytes: int
+    install_sshd: bool = False
 
 
 def plan_pull(
@@ -75,6 +79,7 @@ def plan_pull(
     kernel_ref: str,
     name: str | None = None,
     platform: str = "linux/amd64",
+    install_sshd: bool = False,
     replace: bool = False,
     again: bool = False,
     reserve_bytes: int = 2 * GIB,
@@ -99,6 +104,7 @@ def plan_pull(
         kernel_ref=kernel_ref,
         replace=replace,
         again=again,
+        install_sshd=install_sshd,
         reserve_bytes=reserve_bytes,
         cache_limit_bytes=cache_limit_bytes,
     )
@@ -107,7 +113,11 @@ def plan_pull(
 def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     """The image that an earlier pull of this reference made, whatever its tag means by now."""
     wanted = str(plan.reference)
-    found = [i for i in list_images(paths) if i.oci and i.oci.reference == wanted]
+    found = [
+        i
+        for i in list_images(paths)
+        if i.oci and i.oci.reference == wanted and not is_temporary_image(i.name)
+    ]
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
@@ -155,7 +165,7 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             if existing is not None and existing.oci and _is_same(existing, plan):
                 if existing.oci.digest == source.digest and not plan.again:
                     job.stage("image", f"the image {plan.name} is up to date")
-                    return existing
+                    return _with_sshd(paths, plan, existing)
                 if not plan.replace:
                     raise BangerError(
                         "already_exists",
@@ -171,6 +181,16 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
                     raise
                 job.warn(f"the cache held damaged layers; they are fetched again ({e})")
             return _import(paths, plan, source.fetch(), source.digest, existing, job)
+
+
+def _with_sshd(paths: Paths, plan: PullPlan, existing: ImageRecord) -> ImageRecord:
+    """The image that is here, marked for an sshd when that is asked for only now."""
+    directory = paths.images / existing.id
+    manifest = find_manifest(directory)
+    if manifest is None or manifest.install_sshd or not plan.install_sshd:
+        return existing
+    write_manifest(directory, msgspec.structs.replace(manifest, install_sshd=True))
+    return get_image(paths, existing.id)
 
 
 def _is_same(image: ImageRecord, plan: PullPlan) -> bool:
@@ -212,16 +232,7 @@ def _import(
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
         _describe(new, plan, config, merged)
-        if replaced is not None:
-            (paths.images / replaced.id).rename(staging / replaced.id)
-        try:
-            new.rename(paths.images / image_id)
-        except OSError:
-            if replaced is not None:
-                (staging / replaced.id).rename(paths.images / replaced.id)
-            raise
-        files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+        return publish_image(paths, new, replaced=replaced, aside=staging)
 
 
 def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) -> None:
@@ -240,6 +251,7 @@ def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) ->
             rootfs_sha256=identity.sha256,
             rootfs_bytes=identity.size_bytes,
             rootfs_mtime_ns=identity.mtime_ns,
+            install_sshd=plan.install_sshd,
             description=str(plan.reference),
             created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             oci=config,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from banger.image.cache import ARCHIVE, trim_cache, using_scratch
-from banger.oci.layout import OciImage, read_docker_archive, read_layout
+from banger.oci.layout import OciImage, read_any_archive, read_docker_archive, read_layout
 from banger.oci.reference import FileReference, RegistryReference
 from banger.oci.unpacked import unpacked_archive
 
@@ -82,7 +82,8 @@ def open_source(
         finally:
             trim_cache(paths, keep_bytes=cache_limit_bytes)
         return
-    read = read_docker_archive if reference.scheme == "docker-archive" else read_layout
+    readers = {"docker-archive": read_docker_archive, "archive": read_any_archive}
+    read = readers.get(reference.scheme, read_layout)
     with (
         using_scratch(paths) as scratch,
         unpacked_archive(Path(reference.path), scratch, ARCHIVE, work=job) as archive,

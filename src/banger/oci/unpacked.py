@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from banger import files
 from banger.errors import BangerError
-from banger.oci.compression import LayerStream, ceiling_bytes
+from banger.oci.compression import COMPRESSED, LayerStream, ceiling_bytes
 from banger.oci.errors import reading
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from banger.oci.work import Work
-
-_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
 
 
 @contextlib.contextmanager
@@ -47,7 +45,7 @@ def unpacked_archive(path: Path, scratch: Path, prefix: str, *, work: Work) -> I
             hint=f"ls -l {path}",
         ) from e
     with source:
-        if not source.read(4).startswith(_COMPRESSED):
+        if not source.read(4).startswith(COMPRESSED):
             yield path
             return
         source.seek(0)

@@ -100,6 +100,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
         async def forget_handles() -> None:
             clear_handles(paths)
             ctx.handles.pop(vm_id, None)
+            ctx.admitted.discard(vm_id)
 
         await attempt("release.handles", "removing its handles", forget_handles)
     return failures
@@ -111,6 +112,8 @@ async def reset(ctx: VmContext, vm: VmRecord, *, last_error: str | None) -> VmRe
     async with step("release.record"):
         if failures:
             return ctx.store.update(
-                vm.id, state="error", last_error="; ".join(failures), boot_id=None
+                vm.id, state="error", last_error="; ".join(failures), boot_id=None, paused=None
             )
-        return ctx.store.update(vm.id, state="stopped", last_error=last_error, boot_id=None)
+        return ctx.store.update(
+            vm.id, state="stopped", last_error=last_error, boot_id=None, paused=None
+        )

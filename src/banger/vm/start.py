@@ -21,7 +21,7 @@ import msgspec
 
 from banger.disk.blank import Role, extend_disk, write_blank_disk
 from banger.disk.initrd import write_vm_initrd
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
 from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
@@ -67,6 +67,7 @@ async def start(
     """
     if is_live(ctx, vm):
         return vm
+    _refuse_lost(ctx, vm)
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
     async with step("start.clean"):
         failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
@@ -82,11 +83,13 @@ async def start(
     driver = await ctx.driver()
     image, kernel = await asyncio.to_thread(_check_files, ctx, vm)
     admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
-    admission.check_disk(ctx, 0)
+    wanted = admission.start_bytes(ctx, vm, kernel)
+    admission.check_disk(ctx, f"starting VM {vm.name}", wanted)
     timer.stage("plan", "planning")
     async with step("start.plan"):
         plan = await _plan(ctx, vm, image, kernel, driver)
-    entries = choose_entries(ctx.settings.file_sync, first_start=not vm.files_synced)
+    synced = () if vm.building else ctx.settings.file_sync
+    entries = choose_entries(synced, first_start=not vm.files_synced)
     files = await asyncio.to_thread(plan_file_sync, entries, ctx.home)
     for warning in files.warnings:
         report.warn(warning)
@@ -148,7 +151,7 @@ async def start(
                     async with step("start.file_sync"):
                         await send_files(client, files, exited, vm.name)
             except BangerError as e:
-                if e.reason == "guest_not_ready":
+                if e.reason == "guest_not_ready" and not vm.building:
                     # It may still come up: the VM is kept, its console tells more.
                     undo.keep()
                     _publish(ctx, vm, driver, process, None)
@@ -166,6 +169,26 @@ async def start(
         # Not before: on a small host it would take from the guest's boot.
         ctx.host.refill(plan.lease.bridge)
     return running
+
+
+def _refuse_lost(ctx: VmContext, vm: VmRecord) -> None:
+    """A VM that has run keeps its disks, or does not start: an empty one is not what it was.
+
+    Raises:
+        BangerError: reason disk_missing.
+    """
+    if vm.vmm is None:
+        return
+    paths = ctx.vm_paths(vm.id)
+    lost = [str(disk) for disk in (paths.work, paths.overlay) if not disk.exists()]
+    if lost:
+        raise BangerError(
+            "operation_failed",
+            f"starting VM {vm.name}: {' and '.join(lost)} is missing, with what the VM had written "
+            "there; put it back from a backup, or delete the VM: no empty disk takes its place",
+            hint=f"banger vm delete {vm.name}",
+            reason="disk_missing",
+        )
 
 
 def _ensure_address(ctx: VmContext, vm: VmRecord) -> VmRecord:
@@ -208,8 +231,9 @@ async def _plan(
         secrets=read_secrets(ctx.vm_paths(vm.id)),
         settings=ctx.settings,
         capabilities=driver.capabilities,
-        authorized_keys=ctx.authorized_keys(),
-        git_identity=ctx.git_identity(),
+        # What a build's machine has of its owner would be in the image.
+        authorized_keys=() if vm.building else ctx.authorized_keys(),
+        git_identity=None if vm.building else ctx.git_identity(),
         agent_host_port=_free_port() if vm.network == "user" else None,
         jailing=await ctx.jailing() if driver.name == "firecracker" else None,
         uplink_mtu=find_uplink_mtu() if vm.nat else None,
@@ -274,7 +298,7 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
             "operation_failed",
             f"preparing the disks of VM {plan.vm.name} in {paths.directory}: {e.strerror}",
             hint=f"df -h {ctx.paths.state}",
-            reason="disk_full" if e.errno == 28 else None,
+            reason="disk_full" if is_disk_full(e) else None,
         ) from e
     replace_host(
         ctx.paths.known_hosts,
@@ -327,6 +351,7 @@ async def _ready(
         f"{plan.ready_timeout_s:g} s; last console line: {line!r}; the VM still exists",
         hint=f"banger vm logs {plan.vm.name}",
         reason="guest_not_ready",
+        outcome="unknown",
     )
 
 
@@ -353,7 +378,7 @@ def _publish(
     record = ctx.store.update(
         vm.id,
         state="running",
-        provisional=False,
+        provisional=vm.building,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
         files_synced=vm.files_synced or announcement is not None,

@@ -11,6 +11,7 @@ from banger.faults import step
 from banger.host.vmm_process import signal_vmm, wait_exit
 from banger.vm.cleanup import handles_of, is_live, reset
 from banger.vm.create import forget_vm
+from banger.vm.space import resume
 
 if TYPE_CHECKING:
     from banger.api.records import VmRecord
@@ -39,15 +40,23 @@ def check_signal(name: str) -> str:
 
 
 async def stop(
-    ctx: VmContext, vm: VmRecord, *, timeout_s: float | None = None
+    ctx: VmContext,
+    vm: VmRecord,
+    *,
+    timeout_s: float | None = None,
+    untouched_since: str | None = None,
+    last_error: str | None = None,
 ) -> tuple[VmRecord, str | None]:
     """Stop a VM; return its record and a sentence when there is something to say.
 
     The guest gets `timeout_s` (default: stop_timeout) to stop its services, sync and end the
-    machine; then it is killed.
+    machine; then it is killed. With `untouched_since` one that was touched later is left running.
+    `last_error` is why it stopped, where nobody asked for it.
     """
     async with ctx.locked(vm.id):
         vm = _reread(ctx, vm)
+        if untouched_since is not None and vm.touched_at != untouched_since:
+            return vm, None
         if not is_live(ctx, vm):
             if vm.state in ("created", "stopped") and handles_of(ctx, vm.id) is None:
                 return vm, f"VM {vm.name} was not running"
@@ -55,7 +64,7 @@ async def stop(
         note = await _end_gracefully(
             ctx, vm, ctx.settings.stop_timeout_s if timeout_s is None else timeout_s
         )
-        return await reset(ctx, vm, last_error=None), note
+        return await reset(ctx, vm, last_error=last_error), note
 
 
 async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str | None:
@@ -67,6 +76,9 @@ async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str |
     grace_s = min(grace_s, _MOST_GRACE_S)
     try:
         async with step("stop.guest"):
+            if vm.paused is not None:
+                # Only a guest that runs can end in order.
+                vm = await resume(ctx, vm)
             await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
     except BangerError as e:
         log.warning("VM %s: the agent did not take the shutdown: %s", vm.name, e)
