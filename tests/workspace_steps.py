@@ -1,6 +1,7 @@
 """Steps that make a work tree: the strategies and what each step does, judged by git and the shell.
 
-Few letters, so that names collide, nest and replace each other.
+Few letters, so that names collide, nest and replace each other. `BANGER_SOAK=N` runs N times the
+examples of the tests that use them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from workspace_kit import git, remove
 
+SOAK = int(os.environ.get("BANGER_SOAK") or 1)
 PART = st.one_of(
     st.sampled_from([b"a", b"b", b"c d", b"new\nline", b"tab\t", b'q"uote', b"\xff\xfe", b"-x"]),
     st.binary(min_size=1, max_size=6).filter(

@@ -5,13 +5,14 @@ Commands run through the installed program, as a user's would, with the default 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from banger.api.results import SshAccess
 from banger.config.paths import Paths
 from banger.rpc import client
 from tests.bench.measure import timed
-from tests.boot.installation import SMALL, Installation
+from tests.boot.installation import IMAGE, SMALL, Installation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -34,6 +35,18 @@ class Ground(Installation):
             config_file=self.config,
         )
 
+    def furnish_with_git(self) -> str:
+        """An image with git and rsync, which the other side of a comparison needs; its name."""
+        name = f"{IMAGE}-git"
+        recipes = self.root / "recipes"
+        shutil.copytree(ROOT / "recipes", recipes)
+        recipe = recipes / f"{name}.toml"
+        text = (recipes / f"{IMAGE}.toml").read_text()
+        text = text.replace(f'name = "{IMAGE}"', f'name = "{name}"')
+        recipe.write_text(text.replace('"procps",', '"procps", "git", "rsync",'))
+        self.ok("image", "build", "--name", name, "--recipe", str(recipe), timeout_s=1800)
+        return name
+
     def argv(self, *words: str) -> list[str]:
         return [str(PROGRAM), *words]
 
@@ -41,8 +54,8 @@ class Ground(Installation):
         """Seconds of one command line of banger, which must succeed."""
         return timed(self.argv(*words), env=self.env)
 
-    def create(self, name: str) -> None:
-        self.ok("vm", "create", "--name", name, *SMALL)
+    def create(self, name: str, *options: str) -> None:
+        self.ok("vm", "create", "--name", name, *SMALL, *options, timeout_s=600)
 
     def ssh(self, name: str) -> list[str]:
         """OpenSSH's command line into a VM; no configuration, no connection shared or kept."""

@@ -29,14 +29,14 @@ _WORDS = 4_000
 _IMPORT = "/root/import"
 
 
-def make_repository(root: Path, *, file_bytes: int = _FILE_BYTES) -> None:
+def make_repository(root: Path, *, files: int = _FILES, file_bytes: int = _FILE_BYTES) -> None:
     """Files that read, and compress, about like source text; the same bytes every time."""
     random_words = random.Random(1)
     letters = "abcdefghijklmnopqrstuvwxyz_"
     words = [
         "".join(random_words.choices(letters, k=random_words.randint(2, 12))) for _ in range(_WORDS)
     ]
-    for number in range(_FILES):
+    for number in range(files):
         directory = root / f"module{number // _PER_DIRECTORY:03}"
         directory.mkdir(parents=True, exist_ok=True)
         text = " ".join(random_words.choices(words, k=file_bytes // 5))

@@ -27,7 +27,7 @@ _LIFE = "life"
 
 
 class FakeDriver:
-    """Points: `driver.build_launch`, `driver.start`."""
+    """Points: `driver.build_launch`, `driver.start`, `driver.pause`, `driver.resume`."""
 
     def __init__(self, faults: Faults, *, emulated: bool = False) -> None:
         self.name: VmmName = "firecracker"
@@ -38,6 +38,7 @@ class FakeDriver:
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}
+        self.standing: set[str] = set()  # the machines that are paused
         self.put_error: str | None = None  # what guests that come up from now on say to a `put`
         self.guest_loop: asyncio.AbstractEventLoop | None = None
         """Where guests live whose machines outlive the daemon's own loop."""
@@ -109,10 +110,15 @@ class FakeDriver:
             loop.call_soon_threadsafe(begin)
 
     async def pause(self, runtime: Path) -> None:
-        """Nothing runs here that could be paused."""
+        await self._faults.arrive("driver.pause")
+        self.standing.add(self._whose(runtime))
 
     async def resume(self, runtime: Path) -> None:
-        """See `pause`."""
+        await self._faults.arrive("driver.resume")
+        self.standing.discard(self._whose(runtime))
+
+    def _whose(self, runtime: Path) -> str:
+        return next(vm_id for vm_id in self._lives if vm_id.startswith(runtime.name))
 
     async def close(self) -> None:
         if self.guest_loop is None:

@@ -1,7 +1,6 @@
 """Random work is done in a guest and brought back; git on the host says what it was.
 
 The guest is a directory of this host behind the real agent, so an example takes tenths of a second.
-`BANGER_SOAK=N` runs N times the examples.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from workspace_kit import (
     tracked_files,
     write,
 )
-from workspace_steps import FILE_STEPS, GIT_STEPS, Step, apply_step, steps
+from workspace_steps import FILE_STEPS, GIT_STEPS, SOAK, Step, apply_step, steps
 
 _EXAMPLES = settings(
-    max_examples=15 * int(os.environ.get("BANGER_SOAK", "1")),
+    max_examples=15 * SOAK,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     print_blob=True,
 )
 _MODES = st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"])
-pytestmark = pytest.mark.timeout(300 * int(os.environ.get("BANGER_SOAK", "1")))
+pytestmark = pytest.mark.timeout(300 * SOAK)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +198,8 @@ def test_second_prepare_leaves_what_a_first_one_would(
         assert tracked_files(case.copy) == tracked_files(fresh.copy)
         assert head(case.copy) == head(fresh.copy)
         assert status(case.copy) == status(fresh.copy)
+        for copy in (case.copy, fresh.copy):
+            assert copy.stat().st_mode & 0o222 == (0 if readonly else 0o200)
         assert again.manifest.workspace.tree_id == fresh.result.tree_id
         done = subprocess.run(
             ["git", "-C", case.copy, "fsck", "--strict", "--no-dangling"],

@@ -21,13 +21,13 @@ from workspace_kit import (
     tracked_files,
     write,
 )
-from workspace_steps import Step, apply_step, steps
+from workspace_steps import SOAK, Step, apply_step, steps
 
 _KINDS = ("write", "write", "link", "remove", "chmod", "stage", "stage_all", "unstage")
 
 
-@pytest.mark.timeout(120)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.timeout(120 * SOAK)
+@settings(max_examples=25 * SOAK, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     commits=st.lists(steps(_KINDS, 6), min_size=1, max_size=3),
     changes=steps(_KINDS, 8),

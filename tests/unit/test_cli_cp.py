@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from banger.api import results as r
-from banger.api.records import VmRecord
 from banger.cli.server import Server
-from banger.process import read_stat
-from fakes.agent import TOKEN, Agent, running_agent
+from banger.workspace.partial import Partial, part_name
+from fakes.agent import Agent, running_agent
 from fakes.command_line import CommandLine
+from fakes.copies import Wire, describe
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +31,10 @@ def banger(
     capsys: pytest.CaptureFixture[str],
 ) -> CommandLine:
     """A command line whose VM `web` is this host."""
-    stat = read_stat(agent.process.pid)
-    assert stat is not None
-
-    def connect(self: Server, method: str, params: Any, result: Any) -> tuple[Any, socket.socket]:
-        assert (method, params.vm) == ("vm.connect", "web")
-        vm = VmRecord(
-            id="1" * 32, name="web", state="running", image_id="", image="", kernel="", vcpu=1,
-            memory_mib=1, overlay_bytes=1, work_disk_bytes=1, address="", mac="", network="user",
-        )  # fmt: skip
-        access = r.AgentAccess(
-            vm=vm, token=TOKEN, cwd=None, login=False, vmm_pid=agent.process.pid,
-            vmm_start_time=stat[1],
-        )  # fmt: skip
-        return access, agent.connect()
-
+    wire = Wire(agent)
     (tmp_path / "cli").mkdir()
     line = CommandLine(tmp_path / "cli", monkeypatch, capsys)
-    monkeypatch.setattr(Server, "call_with_fd", connect)
+    monkeypatch.setattr(Server, "call_with_fd", wire.call_with_fd)
     return line
 
 
@@ -73,24 +56,6 @@ def here(tmp_path: Path) -> Path:
     return root
 
 
-def _describe(root: Path) -> dict[bytes, object]:
-    found: dict[bytes, object] = {}
-    top = os.fsencode(root)
-    for directory, names, files in os.walk(top):
-        for base in (*names, *files):
-            path = os.path.join(directory, base)
-            st = os.lstat(path)
-            name = os.path.relpath(path, top)
-            if os.path.islink(path):
-                found[name] = os.readlink(path)
-            elif os.path.isdir(path):
-                found[name] = st.st_mode
-            elif os.path.isfile(path):
-                with open(path, "rb") as f:
-                    found[name] = (st.st_mode, st.st_nlink, f.read())
-    return found
-
-
 def test_directory_goes_in_and_comes_out_the_same(
     banger: CommandLine, here: Path, tmp_path: Path
 ) -> None:
@@ -98,10 +63,10 @@ def test_directory_goes_in_and_comes_out_the_same(
     done = banger("vm", "cp", "-q", str(here), f"web:{there}")
     assert (done.status, done.out) == (0, ""), done.err
     assert "pipe" in done.err
-    expected = _describe(here)
-    assert _describe(there) == expected
+    expected = describe(here)
+    assert describe(there) == expected
     assert banger("vm", "cp", f"web:{there}", str(tmp_path / "back")).status == 0
-    assert _describe(tmp_path / "back") == expected
+    assert describe(tmp_path / "back") == expected
     assert there.stat().st_mode == here.stat().st_mode
 
 
@@ -172,3 +137,85 @@ def test_failed_download_leaves_no_part_of_a_file(
     assert done.status == 1 and "in the way" in done.err
     assert not (tmp_path / "secret").exists()
     assert not [p for p in target.iterdir() if p.name.startswith(".banger")]
+
+
+def test_copy_that_is_repeated_sends_only_what_differs(
+    banger: CommandLine, here: Path, tmp_path: Path
+) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    there.mkdir()
+    for source, target in ((f"{here}/.", f"web:{there}"), (f"web:{there}/.", str(back))):
+        assert banger("vm", "cp", source, target).status == 0
+        again = banger("vm", "cp", source, target)
+        assert again.status == 0
+        assert "copied: 0 files, 0B" in again.err and "were there already" in again.err
+    (here / "tool").write_text("#!/bin/sh\nexit\n")
+    (here / "sub/secret").chmod(0o640)
+    assert "copied: 2 files" in banger("vm", "cp", f"{here}/.", f"web:{there}").err
+    assert "copied: 2 files" in banger("vm", "cp", f"web:{there}/.", str(back)).err
+    assert describe(back) == describe(here)
+
+
+def test_link_of_this_host_is_not_followed_to_look_what_is_there(
+    banger: CommandLine, here: Path, tmp_path: Path
+) -> None:
+    back, elsewhere = tmp_path / "back", tmp_path / "elsewhere"
+    back.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_bytes((here / "sub/secret").read_bytes())
+    (elsewhere / "secret").chmod(0o600)
+    (back / "sub").symlink_to(elsewhere)
+    done = banger("vm", "cp", f"web:{here}/.", str(back))
+    assert done.status == 1 and "in the way" in done.err and "already" not in done.err
+
+
+@pytest.mark.parametrize("kind", ["link", "name", "directory"])
+def test_part_that_is_not_ours_is_never_written_to(
+    banger: CommandLine, here: Path, tmp_path: Path, kind: str
+) -> None:
+    back, outside = tmp_path / "back", tmp_path / "outside"
+    back.mkdir()
+    outside.write_bytes((here / "sub/secret").read_bytes()[:1000])
+    part = back / os.fsdecode(part_name(b"secret"))
+    if kind == "link":
+        part.symlink_to(outside)
+    elif kind == "name":
+        part.hardlink_to(outside)
+    else:
+        part.mkdir()
+    done = banger("vm", "cp", f"web:{here}/sub/secret", str(back))
+    assert len(outside.read_bytes()) == 1000
+    if kind == "name":
+        assert done.status == 0
+        assert (back / "secret").read_bytes() == (here / "sub/secret").read_bytes()
+    else:
+        assert done.status == 1 and "writing" in done.err
+        assert not (back / "secret").exists()
+
+
+def test_parts_of_long_ago_are_cleaned_up(banger: CommandLine, here: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    back.mkdir()
+    parts = [back / os.fsdecode(part_name(name)) for name in (b"one", b"two", b"three")]
+    for part in parts:
+        part.write_text("old")
+    parts[2].unlink()
+    parts[2].mkdir()
+    (parts[2] / "in it").write_text("old")
+    for part in parts[1:]:
+        os.utime(part, (1, 1))
+    (back / ".banger-of-mine").write_text("mine")
+    os.utime(back / ".banger-of-mine", (1, 1))
+    assert banger("vm", "cp", f"web:{here}/tool", str(back)).status == 0
+    assert sorted(p.name for p in back.iterdir()) == sorted(
+        ["tool", parts[0].name, ".banger-of-mine"]
+    )
+
+
+def test_two_copies_to_one_name_do_not_mix(banger: CommandLine, here: Path, tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    with Partial(directory, b"tool"):
+        done = banger("vm", "cp", f"web:{here}/tool", str(tmp_path))
+    os.close(directory)
+    assert done.status == 1 and "under way" in done.err
+    assert banger("vm", "cp", f"web:{here}/tool", str(tmp_path)).status == 0

@@ -13,7 +13,7 @@ import pytest
 
 from banger.api import params as p
 from banger.api import results as r
-from banger.api.records import Bootstrap, VmRecord
+from banger.api.records import Bootstrap, VmRecord, Workspace
 from banger.process import read_stat
 from banger.rpc.server import Call
 from fakes.agent import TOKEN, Agent, running_agent
@@ -121,3 +121,21 @@ def test_agent_that_ends_meanwhile_is_a_warning(cli: CommandLine, tmp_path: Path
     assert done.status == 0
     assert "what became of the tools is not known" in done.err
     assert "banger vm session logs web tooling" in done.err
+
+
+def test_command_of_a_run_goes_through_mise_as_that_of_an_exec_does(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    place = Workspace(
+        guest_path=str(tmp_path), source="/src", base_commit=None, branch=None,
+        mode="shallow_overlay", mise=True,
+    )  # fmt: skip
+    mise, heard = tmp_path / "mise", tmp_path / "heard"
+    mise.write_text(f'#!/bin/sh\nprintf "<%s>" "$@" > {heard}\nexit 5\n')
+    mise.chmod(0o755)
+    with running_agent() as agent:
+        sock = agent.connect()
+        with sock, daemon(cli, sock, msgspec.structs.replace(VM, workspace=place)):
+            path = f"PATH={tmp_path}:/usr/bin:/bin"
+            done = cli("vm", "run", "-q", "--env", path, str(tmp_path), "--", "say", "two  words")
+    assert (done.status, heard.read_text()) == (5, "<exec><--><say><two  words>")

@@ -14,7 +14,7 @@ import pytest
 from banger.api import results as r
 from banger.api import workspaces as w
 from banger.api.records import VmRecord, Workspace
-from banger.cli.vm_exec import through_mise
+from banger.cli.guest_run import through_mise
 from banger.cli.vm_workspace import shown
 from banger.errors import BangerError
 from banger.rpc.server import Call
@@ -166,6 +166,24 @@ def test_command_goes_through_mise_where_both_sides_have_it(has_mise: bool, tmp_
     assert through_mise(access, words, "/elsewhere") == words
     plain = msgspec.structs.replace(access, vm=VM)
     assert through_mise(plain, words, None) == words
+    assert through_mise(access, (), None) == ()
+
+
+@pytest.mark.parametrize("nat", [True, False])
+def test_tool_that_cannot_be_fetched_is_no_reason_to_ask_for_it(nat: bool, tmp_path: Path) -> None:
+    import subprocess
+
+    place = msgspec.structs.replace(PLACE, mise=True)
+    vm = msgspec.structs.replace(VM, workspace=place, nat=nat)
+    access = r.AgentAccess(vm=vm, token="", cwd=None, login=True, vmm_pid=1, vmm_start_time=1)
+    mise = tmp_path / "mise"
+    mise.write_text("#!/bin/sh\necho $MISE_OFFLINE $MISE_EXEC_AUTO_INSTALL\n")
+    mise.chmod(0o755)
+    done = subprocess.run(
+        through_mise(access, ("true",)), env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == (b"\n" if nat else b"1 false\n")
 
 
 def test_missing_command_keeps_its_status_behind_the_shell() -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -18,9 +18,10 @@ from banger.api.sessions import Session, StartSession, TerminalSize
 from banger.errors import BangerError
 from banger.guest.client import GuestClient
 from banger.guest.endpoint import TcpEndpoint
-from banger.rpc.frames import FrameDecoder, FrameType, encode
+from banger.rpc.frames import FrameType
 from banger.session import sessions
 from fakes.agent import TOKEN, Agent, running_agent
+from fakes.talk import Talk, end_sessions
 
 pytestmark = pytest.mark.asyncio
 
@@ -38,67 +39,12 @@ class Local(GuestClient):
         return sock
 
 
-class Talk:
-    """One streaming request, spoken by hand. Those of a test end with it."""
-
-    opened: ClassVar[list[socket.socket]] = []
-
-    def __init__(self, agent: Agent, method: str, **params: Any) -> None:
-        self.sock = agent.connect()
-        self.opened.append(self.sock)
-        self.sock.settimeout(15)
-        self._decoder = FrameDecoder()
-        self._seen: list[tuple[FrameType, bytes]] = []
-        request = {"version": 1, "method": method, "params": params, "token": TOKEN}
-        self.sock.sendall(json.dumps(request).encode() + b"\n")
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self.sock.recv(1)
-        self.reply = json.loads(line)
-
-    def send(self, kind: FrameType, payload: bytes = b"") -> None:
-        self.sock.sendall(encode(kind, payload))
-
-    def next(self) -> tuple[FrameType, bytes]:
-        while not self._seen:
-            data = self.sock.recv(1 << 16)
-            assert data, "the agent has closed the connection"
-            self._seen += self._decoder.feed(data)
-        return self._seen.pop(0)
-
-    def read(self, wanted: bytes) -> bytes:
-        """Output until `wanted` is in it."""
-        text = b""
-        while wanted not in text:
-            kind, payload = self.next()
-            if kind in (FrameType.STDOUT, FrameType.STDERR):
-                text += payload
-            assert kind is not FrameType.EXIT, text
-        return text
-
-    def rest(self) -> tuple[dict[FrameType, bytes], tuple[FrameType, Any]]:
-        """What was printed on each stream up to the last frame, and that frame."""
-        text: dict[FrameType, bytes] = {FrameType.STDOUT: b"", FrameType.STDERR: b""}
-        while True:
-            kind, payload = self.next()
-            if kind in text:
-                text[kind] += payload
-            elif kind in (FrameType.EXIT, FrameType.RESULT, FrameType.ERROR):
-                return text, (kind, json.loads(payload))
-
-
 @pytest.fixture
 def agent() -> Iterator[Agent]:
     with running_agent() as agent:
         yield agent
-        for sock in Talk.opened:
-            sock.close()
-        Talk.opened.clear()
-        # A supervisor outlives its agent: what still runs is ended by its own pid.
-        for status in (agent.directory / "sessions").glob("*/status.json"):
-            document = json.loads(status.read_bytes())
-            if document["state"] == "running":
-                os.killpg(document["pid"], signal.SIGKILL)
+        Talk.close_all()
+        end_sessions(agent)
 
 
 @pytest_asyncio.fixture

@@ -24,18 +24,23 @@ func (c *call) exec() error {
 	if err := c.params(&p); err != nil {
 		return err
 	}
+	return c.run(p)
+}
+
+// run runs a command on this connection.
+func (c *call) run(p command.Params) error {
 	plan, err := command.BuildPlan(p, c.Host)
 	if err != nil {
 		return err
 	}
 	if err := c.stream(); err != nil {
-		c.Log("exec: answering: %v", err)
+		c.Log("%s: answering: %v", c.req.Method, err)
 		return nil
 	}
 	in, out := wire.NewFrameReader(c.in), wire.NewFrameWriter(c.conn)
 	err = command.Run(c.Reaper, plan, in, out, c.Started)
 	if err != nil {
-		c.Log("exec: %v", err)
+		c.Log("%s: %v", c.req.Method, err)
 	}
 	return nil
 }
@@ -79,17 +84,22 @@ func (c *call) get() error {
 	var p struct {
 		Path  string `json:"path"`
 		Names bool   `json:"names"`
+		// Except: the names are those of files that shall not come.
+		Except bool `json:"except"`
 	}
 	if err := c.params(&p); err != nil {
 		return err
 	}
 	return c.send("get", func(w io.Writer) (tree.Counts, error) {
-		if !p.Names {
+		if !p.Names && !p.Except {
 			return tree.Get(p.Path, w)
 		}
 		names, err := readNames(wire.NewDataReader(wire.NewFrameReader(c.in)))
 		if err != nil {
 			return tree.Counts{}, err
+		}
+		if p.Except {
+			return tree.GetExcept(p.Path, names, w)
 		}
 		return tree.GetNames(p.Path, names, w)
 	})
@@ -116,11 +126,14 @@ func readNames(r io.Reader) ([]string, error) {
 func (c *call) scan() error {
 	var p struct {
 		Path string `json:"path"`
+		Git  bool   `json:"git"`
 	}
 	if err := c.params(&p); err != nil {
 		return err
 	}
-	return c.send("scan", func(w io.Writer) (tree.Counts, error) { return tree.Scan(p.Path, w) })
+	return c.send("scan", func(w io.Writer) (tree.Counts, error) {
+		return tree.Scan(p.Path, p.Git, w)
+	})
 }
 
 // send answers with a stream of data and its result.

@@ -1,13 +1,10 @@
 package session
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -15,9 +12,6 @@ import (
 	"banger/agent/internal/command"
 	"banger/agent/internal/wire"
 )
-
-// recentBytes is what an attach shows of the output before it.
-const recentBytes = 64 << 10
 
 // LogParams are the params of session.logs. Since is the cursor that an earlier call ended with;
 // Tail a number of lines. Without either it is everything that is kept.
@@ -35,77 +29,6 @@ type LogEnd struct {
 	Cursor  string `json:"cursor"`
 	Dropped uint64 `json:"dropped"`
 	State   string `json:"state"`
-}
-
-// place is a point in a session's output: the next record, and the bytes of each stream before it.
-type place struct {
-	number uint64
-	bytes  [2]uint64
-}
-
-func (p place) String() string {
-	return fmt.Sprintf("%d.%d.%d", p.number, p.bytes[0], p.bytes[1])
-}
-
-func parsePlace(text string) (p place, err error) {
-	if n, err := fmt.Sscanf(text, "%d.%d.%d", &p.number, &p.bytes[0], &p.bytes[1]); n != 3 ||
-		err != nil || p.String() != text {
-		return p, wire.Errorf(wire.BadRequest, "session logs: %q is no cursor of an earlier call", text)
-	}
-	return p, nil
-}
-
-// merged reads several streams in the order in which they were written.
-type merged struct {
-	readers []*reader
-	at      place
-	dropped uint64
-	// exact: what lies between at and the first record was asked for and is gone.
-	exact bool
-}
-
-var streamNames = [2]string{Stdout, Stderr}
-var streamKinds = [2]byte{wire.Stdout, wire.Stderr}
-
-func newMerged(dir, stream string, at place, exact bool) *merged {
-	m := &merged{at: at, exact: exact}
-	for _, name := range streamNames {
-		if stream == "" || stream == name {
-			m.readers = append(m.readers, &reader{dir: dir, stream: name, next: at.number})
-		}
-	}
-	return m
-}
-
-// take returns the next record of all, nil when there is none yet.
-func (m *merged) take() (kind byte, rec *record, err error) {
-	var chosen *reader
-	for _, r := range m.readers {
-		head, err := r.peek()
-		if err != nil {
-			return 0, nil, err
-		}
-		if head != nil && (chosen == nil || head.number < chosen.ahead.number) {
-			chosen = r
-		}
-	}
-	if chosen == nil {
-		return 0, nil, nil
-	}
-	rec = chosen.ahead
-	chosen.take()
-	i := slices.Index(streamNames[:], chosen.stream)
-	if before := m.at.bytes[i]; m.exact && rec.offset > before {
-		m.dropped += rec.offset - before
-	}
-	m.at.number, m.at.bytes[i] = rec.number+1, rec.offset+uint64(len(rec.data))
-	return streamKinds[i], rec, nil
-}
-
-func (m *merged) close() {
-	for _, r := range m.readers {
-		r.close()
-	}
 }
 
 // Logs sends kept output as stdout and stderr frames and, when it follows, what comes, until the
@@ -193,57 +116,6 @@ func (s *Store) follow(r *Record, m *merged, live bool, gone <-chan struct{},
 	}
 }
 
-// findTail returns the record in which the last lines begin, and the bytes of it before them.
-func findTail(dir, stream string, lines int) (from place, skip int, err error) {
-	type piece struct {
-		before place
-		ends   int
-	}
-	var pieces []piece
-	var last []byte
-	m := newMerged(dir, stream, place{}, false)
-	defer m.close()
-	for {
-		before := m.at
-		_, rec, err := m.take()
-		if err != nil {
-			return place{}, 0, err
-		}
-		if rec == nil {
-			break
-		}
-		before.number = rec.number
-		pieces = append(pieces, piece{before, bytes.Count(rec.data, []byte{'\n'})})
-		last = rec.data
-	}
-	if lines <= 0 {
-		return m.at, 0, nil
-	}
-	// The newline before the first wanted line; a last line without its own is a line too.
-	wanted := lines
-	if len(last) > 0 && last[len(last)-1] == '\n' {
-		wanted++
-	}
-	for i := len(pieces) - 1; i >= 0; i-- {
-		if pieces[i].ends < wanted {
-			wanted -= pieces[i].ends
-			continue
-		}
-		m := newMerged(dir, stream, pieces[i].before, false)
-		defer m.close()
-		_, rec, err := m.take()
-		if err != nil || rec == nil {
-			return pieces[i].before, 0, err
-		}
-		at := len(rec.data)
-		for ; wanted > 0; wanted-- {
-			at = bytes.LastIndexByte(rec.data[:at], '\n')
-		}
-		return pieces[i].before, at + 1, nil
-	}
-	return place{}, 0, nil
-}
-
 // Attach joins a client with a session: output of the last moments and all that comes, input, and
 // the window's size. It ends with the session's exit frame, or when the client goes.
 //
@@ -297,39 +169,6 @@ func exitOf(r *Record) map[string]any {
 		return map[string]any{"code": *r.Code}
 	}
 	return map[string]any{"code": 1}
-}
-
-// findRecent returns the place from which an attach shows the output.
-func findRecent(dir string) (place, error) {
-	type piece struct {
-		before place
-		size   int
-	}
-	var recent []piece
-	total := 0
-	m := newMerged(dir, "", place{}, false)
-	defer m.close()
-	for {
-		before := m.at
-		_, rec, err := m.take()
-		if err != nil {
-			return place{}, err
-		}
-		if rec == nil {
-			break
-		}
-		before.number = rec.number
-		recent = append(recent, piece{before, len(rec.data)})
-		total += len(rec.data)
-		for total-recent[0].size >= recentBytes {
-			total -= recent[0].size
-			recent = recent[1:]
-		}
-	}
-	if len(recent) == 0 {
-		return m.at, nil
-	}
-	return recent[0].before, nil
 }
 
 // CheckAttach finds a session that can be attached to and takes the one place there is.

@@ -149,6 +149,12 @@ type reader struct {
 	at          int64
 	first       uint64 // of the open segment
 	ahead       *record
+
+	window   []byte // what was read of the open segment, from windowAt on
+	windowAt int64
+	reads    int
+	idle     bool // there was nothing to read; idleAt says when, in reads of the other streams
+	idleAt   int
 }
 
 // peek returns the next record, nil when there is none yet.
@@ -231,26 +237,46 @@ func (r *reader) open(after uint64, all bool) (bool, error) {
 	}
 	r.close()
 	r.file, r.at, r.first = f, 0, segments[chosen].first
+	r.window, r.windowAt = r.window[:0], 0
 	return true, nil
 }
 
 // read returns the record at the current place; nil at the end, also in the middle of a record that
-// a crash cut short.
+// a crash cut short. Its data is valid until the next call.
 func (r *reader) read() (*record, error) {
-	var header [headerBytes]byte
-	if n, err := r.file.ReadAt(header[:], r.at); n < headerBytes {
-		return nil, endOf(err)
+	header, err := r.look(headerBytes)
+	if header == nil || err != nil {
+		return nil, err
 	}
+	number, offset := binary.BigEndian.Uint64(header), binary.BigEndian.Uint64(header[8:])
 	size := binary.BigEndian.Uint32(header[16:])
 	if size > maxRecord {
 		return nil, fmt.Errorf("reading %s: a record of %d bytes", r.file.Name(), size)
 	}
-	data := make([]byte, size)
-	if n, err := r.file.ReadAt(data, r.at+headerBytes); n < len(data) {
-		return nil, endOf(err)
+	whole, err := r.look(headerBytes + int(size))
+	if whole == nil || err != nil {
+		return nil, err
 	}
-	r.at += int64(headerBytes) + int64(size)
-	return &record{binary.BigEndian.Uint64(header[:]), binary.BigEndian.Uint64(header[8:]), data}, nil
+	r.at += int64(len(whole))
+	return &record{number, offset, whole[headerBytes:]}, nil
+}
+
+// look returns the next bytes of the file without passing them; nil where there are not so many.
+// Many records are read at once: a program that writes single bytes makes millions.
+func (r *reader) look(count int) ([]byte, error) {
+	at := r.at - r.windowAt
+	if at < 0 || at+int64(count) > int64(len(r.window)) {
+		if cap(r.window) < count {
+			r.window = make([]byte, 0, max(count, 64<<10))
+		}
+		r.reads++
+		n, err := r.file.ReadAt(r.window[:cap(r.window)], r.at)
+		r.window, r.windowAt, at = r.window[:n], r.at, 0
+		if n < count {
+			return nil, endOf(err)
+		}
+	}
+	return r.window[at : at+int64(count)], nil
 }
 
 func endOf(err error) error {

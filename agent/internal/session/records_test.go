@@ -167,3 +167,79 @@ func FuzzPlace(f *testing.F) {
 		}
 	})
 }
+
+// from returns what is logged from a place on, without the first skip bytes.
+func from(t *testing.T, dir string, at place, skip int) string {
+	t.Helper()
+	m := newMerged(dir, "", at, false)
+	defer m.close()
+	var text []byte
+	for {
+		_, rec, err := m.take()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec == nil {
+			return string(text[min(skip, len(text)):])
+		}
+		text = append(text, rec.data...)
+	}
+}
+
+func TestTheLastLinesAreThoseOfTheWholeText(t *testing.T) {
+	for turn := range 50 {
+		dir := t.TempDir()
+		random := rand.New(rand.NewSource(int64(turn)))
+		logs := []*recorder{{dir: dir, stream: Stdout, keep: 1 << 20}, {dir: dir, stream: Stderr, keep: 1 << 20}}
+		var text []byte
+		for number := range random.Intn(40) {
+			data := make([]byte, 1+random.Intn(6))
+			for i := range data {
+				data[i] = "ab\n"[random.Intn(3)]
+			}
+			logs[random.Intn(2)].add(uint64(number), data)
+			text = append(text, data...)
+		}
+		for _, log := range logs {
+			log.close()
+		}
+		lines := bytes.SplitAfter(text, []byte{'\n'})
+		if last := lines[len(lines)-1]; len(last) == 0 {
+			lines = lines[:len(lines)-1]
+		}
+		for count := range len(lines) + 3 {
+			want := string(bytes.Join(lines[max(0, len(lines)-count):], nil))
+			at, skip, err := findTail(dir, "", count)
+			if got := from(t, dir, at, skip); err != nil || got != want {
+				t.Fatalf("the last %d lines of %q are %q (%v)", count, text, got, err)
+			}
+		}
+	}
+}
+
+func TestRecentOutputIsFoundFromTheEnd(t *testing.T) {
+	dir := t.TempDir()
+	logs := []*recorder{{dir: dir, stream: Stdout, keep: 64 << 20}, {dir: dir, stream: Stderr, keep: 64 << 20}}
+	var text []byte
+	random := rand.New(rand.NewSource(1))
+	for number := range uint64(700_000) { // 14 MiB with their headers: several segments
+		log := logs[0]
+		if random.Intn(50) == 0 {
+			log = logs[1]
+		}
+		data := []byte{byte('a' + number%26)}
+		log.add(number, data)
+		text = append(text, data...)
+	}
+	for _, log := range logs {
+		log.close()
+	}
+	near := findNear(dir)
+	at, err := findRecent(dir)
+	if got := from(t, dir, at, 0); err != nil || got != string(text[len(text)-recentBytes:]) {
+		t.Fatalf("%d bytes are not the last %d (%v)", len(got), recentBytes, err)
+	}
+	if near == 0 || at.number < near {
+		t.Fatalf("begins at %d, found from %d", at.number, near)
+	}
+}

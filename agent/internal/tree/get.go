@@ -23,11 +23,21 @@ import (
 //
 // Errors: not_found, or the reading or writing that failed. A file that changes while it is read
 // is cut or filled with zeros to the size it had.
-func Get(path string, w io.Writer) (Counts, error) {
+func Get(path string, w io.Writer) (Counts, error) { return GetExcept(path, nil, w) }
+
+// GetExcept is Get without the content of some files, which the receiver has: what is another name
+// of one of them is a link to it all the same.
+func GetExcept(path string, except []string, w io.Writer) (Counts, error) {
 	if _, err := splitPath(path); err != nil {
 		return Counts{}, err
 	}
 	p := &packer{tar: tar.NewWriter(w), links: map[inode]string{}, buf: make([]byte, 256<<10)}
+	if len(except) > 0 {
+		p.except = make(map[string]bool, len(except))
+		for _, name := range except {
+			p.except[name] = true
+		}
+	}
 	if err := p.root(path); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
 			return p.counts, wire.Errorf(wire.NotFound, "get: %s does not exist", path)
@@ -42,7 +52,9 @@ type inode struct{ dev, ino uint64 }
 type packer struct {
 	tar    *tar.Writer
 	links  map[inode]string // first names of files with several
+	except map[string]bool
 	plain  bool
+	whole  *whole // nil unless all of a system is packed
 	counts Counts
 	buf    []byte
 }
@@ -151,16 +163,23 @@ func (p *packer) some(path string, names []string) error {
 	return nil
 }
 
-func (p *packer) entry(dir int, name, path string, dev uint64) error {
-	st, err := kernel.Lstatat(dir, name)
-	if err != nil {
-		return err
-	}
-	h := &tar.Header{
+func header(path string, st syscall.Stat_t) *tar.Header {
+	return &tar.Header{
 		Name: path, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid),
 		// Whole seconds: a fraction would cost every member a header of 1 KiB of its own.
 		ModTime: time.Unix(st.Mtim.Sec, 0),
 	}
+}
+
+func (p *packer) entry(dir int, name, path string, dev uint64) error {
+	if p.whole != nil && p.whole.leavesOut(path) {
+		return nil
+	}
+	st, err := kernel.Lstatat(dir, name)
+	if err != nil {
+		return err
+	}
+	h := header(path, st)
 	switch st.Mode & syscall.S_IFMT {
 	case syscall.S_IFDIR:
 		return p.subdirectory(dir, name, h, dev)
@@ -197,12 +216,17 @@ func (p *packer) subdirectory(dir int, name string, h *tar.Header, dev uint64) e
 	if err := syscall.Fstat(fd, &st); err != nil {
 		return err
 	}
+	mounted := st.Dev != dev
+	if p.whole != nil && mounted && isModules(fd) {
+		return nil
+	}
+	path := h.Name
 	h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"
 	p.addXattrs(h, fd)
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
-	if st.Dev != dev && isVirtual(fd) {
+	if mounted && (isVirtual(fd) || p.whole != nil && !slices.Contains(p.whole.enter, path)) {
 		return nil
 	}
 	return p.directory(fd, h.Name, st.Dev)
@@ -212,6 +236,9 @@ func (p *packer) regular(dir int, name string, h *tar.Header, st syscall.Stat_t)
 	h.Typeflag = tar.TypeReg
 	if p.linked(h, st) {
 		return p.tar.WriteHeader(h)
+	}
+	if p.except[h.Name] {
+		return nil
 	}
 	// Non-blocking: the name may be a FIFO by now.
 	fd, err := kernel.Openat(dir, name, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
@@ -230,6 +257,11 @@ func (p *packer) regular(dir int, name string, h *tar.Header, st syscall.Stat_t)
 	h.Size = now.Size
 	p.addXattrs(h, fd)
 	p.counts.Files++
+	if p.whole != nil && h.Size >= leastSparse && now.Blocks*512 < h.Size {
+		if done, err := p.sparse(fd, h); done {
+			return err
+		}
+	}
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
@@ -287,8 +319,7 @@ func (p *packer) addXattrs(h *tar.Header, fd int) {
 	}
 	for raw := range bytes.SplitSeq(bytes.TrimRight(list, "\x00"), []byte{0}) {
 		name := string(raw)
-		if !strings.HasPrefix(name, "user.") && name != "security.capability" ||
-			strings.Contains(name, "=") {
+		if !p.keepsXattr(name) {
 			continue
 		}
 		value, err := kernel.Getxattr(path, name)

@@ -205,9 +205,11 @@ func removeStale(parent int) {
 		names, _ := dir.Readdirnames(-1)
 		dir.Close()
 		for _, old := range names {
-			if strings.HasPrefix(old, stagingPrefix) && !staging.names[strings.TrimSuffix(old, "-old")] {
-				_ = removeAll(parent, old) // a stale one in the way of nothing
+			if !strings.HasPrefix(old, stagingPrefix) || staging.names[strings.TrimSuffix(old, "-old")] ||
+				strings.HasPrefix(old, partPrefix) && !isStalePart(parent, old) {
+				continue
 			}
+			_ = removeAll(parent, old) // a stale one in the way of nothing
 		}
 	}
 }

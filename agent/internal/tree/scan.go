@@ -16,14 +16,14 @@ import (
 
 // Scan writes what is below path, an absolute path, without reading any file: for each entry its
 // mode, size, times, inode and name. Links in path itself are followed, links below never are. A
-// directory called .git is an entry, what is in it is not.
+// directory called .git is an entry, what is in it only withGit.
 //
 // Errors: not_found, or the reading or writing that failed.
-func Scan(path string, w io.Writer) (Counts, error) {
+func Scan(path string, withGit bool, w io.Writer) (Counts, error) {
 	if _, err := splitPath(path); err != nil {
 		return Counts{}, err
 	}
-	s := &scanner{w: bufio.NewWriterSize(w, 128<<10)}
+	s := &scanner{withGit: withGit, w: bufio.NewWriterSize(w, 128<<10)}
 	err := s.root(path)
 	if err == nil {
 		err = s.w.Flush()
@@ -38,9 +38,10 @@ func Scan(path string, w io.Writer) (Counts, error) {
 }
 
 type scanner struct {
-	w      *bufio.Writer
-	counts Counts
-	buf    []byte
+	w       *bufio.Writer
+	withGit bool
+	counts  Counts
+	buf     []byte
 }
 
 func (s *scanner) root(path string) error {
@@ -72,7 +73,7 @@ func (s *scanner) directory(fd int, prefix string, dev uint64) error {
 		if err := s.entry(prefix+name, st); err != nil {
 			return notMissing(err)
 		}
-		if st.Mode&syscall.S_IFMT != syscall.S_IFDIR || name == ".git" {
+		if st.Mode&syscall.S_IFMT != syscall.S_IFDIR || name == ".git" && !s.withGit {
 			continue
 		}
 		if err := s.below(fd, name, prefix+name+"/", st, dev); err != nil {

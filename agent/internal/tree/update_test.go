@@ -37,7 +37,7 @@ type record struct {
 func scanOf(t *testing.T, path string) map[string]record {
 	t.Helper()
 	var b bytes.Buffer
-	counts, err := Scan(path, &b)
+	counts, err := Scan(path, false, &b)
 	if err != nil {
 		t.Fatal(err)
 	}

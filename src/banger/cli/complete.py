@@ -56,6 +56,26 @@ class _SessionName(click.ParamType[str]):
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+class _ShippedName(click.ParamType[str]):
+    """The name of a file that ships with banger, or whatever else the command takes."""
+
+    def __init__(self, name: str, directory: str) -> None:
+        self.name = name
+        self._directory = directory
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        from banger.config.resources import recipes_directory
+
+        names = sorted(p.stem for p in (recipes_directory() / self._directory).glob("*.toml"))
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+RECIPE = _ShippedName("RECIPE", ".")
+FEATURE = _ShippedName("FEATURE", "features")
 SESSION = _SessionName()
 VM = _LiveName("VM", "vm.list")
 IMAGE = _LiveName("IMAGE", "image.list")

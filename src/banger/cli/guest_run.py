@@ -21,6 +21,27 @@ _EXIT_FOLLOWS_S = 2.0
 _PASSED = ("TERM", "LANG", "LC_ALL", "COLORTERM")
 
 
+# The words of the command stay a list: `"$@"` is all that the shell sees of them.
+_MISE = """mise=$(command -v mise || command -v /root/.local/bin/mise) || exec "$@"
+exec {env}"$mise" exec -- "$@\""""
+# Where nothing can be fetched, a tool that is not installed would end the command.
+_OFFLINE = "env MISE_OFFLINE=1 MISE_EXEC_AUTO_INSTALL=false "
+
+
+def through_mise(
+    access: AgentAccess, argv: tuple[str, ...], directory: str | None = None
+) -> tuple[str, ...]:
+    """The command as it runs in a workspace with a mise file: with the tools that it names, where
+    the guest has mise. `directory`: where it runs, unless in the workspace."""
+    workspace = access.vm.workspace
+    if not argv or workspace is None or not workspace.mise:
+        return argv
+    if directory is not None and not f"{directory}/".startswith(f"{workspace.guest_path}/"):
+        return argv
+    script = _MISE.replace("{env}", "" if access.vm.nat else _OFFLINE)
+    return ("sh", "-c", script, "sh", *argv)
+
+
 def run(
     sock: Any,
     access: AgentAccess,

@@ -65,27 +65,9 @@ def exec_command(
         return guest_run.run(
             sock,
             access,
-            argv=through_mise(access, argv, guest_path),
+            argv=guest_run.through_mise(access, argv, guest_path),
             env=parse_env(env),
             user=user,
             want_tty=tty,
             cwd=guest_path,
         )
-
-
-# The words of the command stay a list: `"$@"` is all that the shell sees of them.
-_MISE = """mise=$(command -v mise || command -v /root/.local/bin/mise) && exec "$mise" exec -- "$@"
-exec "$@\""""
-
-
-def through_mise(
-    access: r.AgentAccess, argv: tuple[str, ...], guest_path: str | None
-) -> tuple[str, ...]:
-    """The command as it runs in a workspace with a mise file: with the tools that it names, where
-    the guest has mise."""
-    workspace = access.vm.workspace
-    if workspace is None or not workspace.mise:
-        return argv
-    if guest_path is not None and not f"{guest_path}/".startswith(f"{workspace.guest_path}/"):
-        return argv
-    return ("sh", "-c", _MISE, "sh", *argv)

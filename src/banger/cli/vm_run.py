@@ -176,7 +176,7 @@ def _guest_part(
         return guest_run.run(
             sock,
             result.access,
-            argv=argv,
+            argv=guest_run.through_mise(result.access, argv),
             env=env,
             user=o["user"],
             want_tty=o["tty"] or not argv,

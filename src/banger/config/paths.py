@@ -90,6 +90,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.state / "bangerd.log"
 
     @property
+    def helper_log(self) -> Path:
+        """What a root helper that is our child appends to; a service has the journal."""
+        return self.state / "banger-root.log"
+
+    @property
     def leases(self) -> Path:
         """The root helper's ledger, one file per lease."""
         return self.system.ledger if self.mode == "system" else self.runtime / "leases"

@@ -5,7 +5,9 @@ A handler decodes nothing and draws nothing: it gets typed parameters and return
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,7 @@ from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
 from banger.store.vms import now_text
-from banger.vm import observe
+from banger.vm import idle, observe, space
 from banger.vm.change import change
 from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.create import check_create, create
@@ -64,6 +66,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         finishes: bool = False,
     ) -> Method:
         async def bound(call: Call, decoded: Any) -> Any:
+            await daemon.sweeps.check_clocks()
             return await handler(daemon, call, decoded)
 
         return Method(params=params, handler=bound, streams=streams, finishes=finishes)
@@ -84,6 +87,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "vm.kill": method(p.KillVm, _kill, finishes=True),
         "vm.delete": method(p.VmRef, _delete, finishes=True),
         "vm.set": method(p.SetVm, _set),
+        "vm.touch": method(p.VmRef, _touch),
         "vm.list": method(p.Empty, _list),
         "vm.show": method(p.VmRef, _show),
         "vm.stats": method(p.VmRef, _stats),
@@ -119,6 +123,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "kernel.show": method(p.NameRef, stored.kernel_show),
         "kernel.pull": method(p.PullKernel, catalog.kernel_pull, streams=True),
         "kernel.delete": method(p.NameRef, stored.kernel_delete),
+        "kernel.build": method(c.BuildKernel, given.kernel_build, streams=True),
         "kernel.import": method(c.ImportKernel, given.kernel_import, streams=True),
         "kernel.export": method(p.NameRef, given.kernel_export, streams=True),
         "kernel.catalog": method(p.Empty, catalog.kernel_catalog),
@@ -155,6 +160,8 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         log=_log_of(daemon),
         uptime_s=round(time.monotonic() - daemon.started, 1),
         rss_bytes=rss,
+        threads=threading.active_count(),
+        tasks=len(asyncio.all_tasks()),
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
         network=daemon.network,
         network_note=privilege.missing or None,
@@ -252,13 +259,17 @@ async def _set(daemon: Daemon, call: Call, params: p.SetVm) -> r.SetResult:
     return r.SetResult(vm=vm, at_next_start=later)
 
 
+async def _touch(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
+    return idle.touch(daemon.vms, daemon.store.resolve(params.vm))
+
+
 async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
-    return [as_it_is(daemon.vms, vm) for vm in daemon.store.list()]
+    return [space.marked(daemon.vms, as_it_is(daemon.vms, vm)) for vm in daemon.store.list()]
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
     vm = await bootstrap.settle(daemon, daemon.store.resolve(params.vm))
-    return as_it_is(daemon.vms, vm)
+    return space.marked(daemon.vms, as_it_is(daemon.vms, vm))
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:

@@ -129,9 +129,19 @@ async def put(
         )
         done = prepare(what)
         write_manifest(directory, done.manifest)
+        if done.manifest.workspace.mise:
+            _trust(guest, shipment.guest_path)
         return done
 
     return await in_guest(daemon, vm, work)
+
+
+def _trust(guest: GuestFiles, path: str) -> None:
+    # Without mise in the guest there is nothing to trust; what it says is no reason to fail.
+    for mise in ("mise", "/root/.local/bin/mise"):
+        argv = [mise, "trust", "--quiet", "--all"]
+        if guest.run(argv, cwd=path, stdin=b"", out=lambda _: None)[0] != 127:
+            return
 
 
 async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]) -> T:
@@ -140,13 +150,7 @@ async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]
     Raises:
         BangerError: not_running; connection_lost; whatever `work` raises.
     """
-    client = daemon.vms.client(vm)
-    loop = asyncio.get_running_loop()
-
-    def connect() -> socket.socket:
-        return asyncio.run_coroutine_threadsafe(client.open(), loop).result(_CONNECT_S)
-
-    guest = GuestFiles(connect, client.request)
+    guest = guest_files(daemon, vm)
 
     async def run() -> T:
         task = asyncio.ensure_future(asyncio.to_thread(work, guest))
@@ -158,6 +162,17 @@ async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]
             raise
 
     return await daemon.vms.while_running(vm, run())
+
+
+def guest_files(daemon: Daemon, vm: VmRecord) -> GuestFiles:
+    """The files of a running VM's guest, for a thread. Raises BangerError, not_running."""
+    client = daemon.vms.client(vm)
+    loop = asyncio.get_running_loop()
+
+    def connect() -> socket.socket:
+        return asyncio.run_coroutine_threadsafe(client.open(), loop).result(_CONNECT_S)
+
+    return GuestFiles(connect, client.request)
 
 
 @contextlib.asynccontextmanager

@@ -50,8 +50,6 @@ async def prepare(daemon: Daemon, call: Call, params: w.PrepareWorkspace) -> w.P
         done = await ships.put(daemon, vm, shipment, call, force=params.force)
         workspace = done.manifest.workspace
         vm = daemon.store.update(vm.id, workspace=workspace, touched_at=now_text())
-        if workspace.mise:
-            await ships.in_guest(daemon, vm, lambda guest: _trust(guest, workspace.guest_path))
     return w.PreparedWorkspace(
         vm=vm,
         workspace=workspace,
@@ -101,11 +99,6 @@ def _recorded(daemon: Daemon, vm: VmRecord, guest_path: str | None) -> Workspace
     if manifest is not None:
         return manifest.workspace
     return vm.workspace if vm.workspace is not None and vm.workspace.guest_path == path else None
-
-
-def _trust(guest: GuestFiles, path: str) -> None:
-    # Without mise in the guest there is nothing to trust; what it says is no reason to fail.
-    guest.run(["mise", "trust", "--quiet", "--all"], cwd=path, stdin=b"", out=lambda _: None)
 
 
 async def export(daemon: Daemon, call: Call, params: w.ExportWorkspace) -> w.ExportedWorkspace:

@@ -84,12 +84,13 @@ def get_image(paths: Paths, name_or_id: str) -> ImageRecord:
 
 
 def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
-    """All images, by name."""
+    """All images, by name; of two with one name (see `publish_image`) the newest comes first."""
     try:
         directories = [p for p in paths.images.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
     except FileNotFoundError:
         return ()
     found = [_record(d, manifest) for d in directories if (manifest := find_manifest(d))]
+    found.sort(key=lambda record: record.created_at, reverse=True)
     return tuple(sorted(found, key=lambda record: record.name))
 
 
@@ -109,7 +110,9 @@ def delete_image(
         lock_image(paths, name, job),
         files.staging_directory(paths.images, f"delete-{name}") as aside,
     ):
-        return job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
+        record = job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
+        files.sync_directory(paths.images)
+        return record
 
 
 def put_aside(paths: Paths, record: ImageRecord, aside: Path, refuse: Refuse) -> ImageRecord:
@@ -184,6 +187,34 @@ def write_manifest(directory: Path, manifest: ImageManifest) -> None:
     files.write_atomic(directory / MANIFEST, content + b"\n", mode=0o444)
 
 
+def publish_image(
+    paths: Paths,
+    new: Path,
+    *,
+    replaced: ImageRecord | None = None,
+    aside: Path | None = None,
+    job: Job | None = None,
+    refuse: Refuse = lambda _: None,
+) -> ImageRecord:
+    """Store a finished directory, named by the image's id; `replaced` goes to `aside` after it.
+
+    A name is never without its image: whoever is killed between the two leaves both.
+
+    Raises:
+        BangerError: what `refuse` raises of `replaced`; then the new one is not stored.
+    """
+    image_id = new.name
+    files.publish_directory(new, paths.images / image_id)
+    if replaced is not None and aside is not None:
+        try:
+            (job or Job()).at_once(lambda: put_aside(paths, replaced, aside, refuse))
+        except BaseException:
+            (paths.images / image_id).rename(aside / image_id)
+            raise
+        files.sync_directory(paths.images)
+    return get_image(paths, image_id)
+
+
 def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:
     manifest = find_manifest(paths.images / record.id)
     if manifest is None:
@@ -205,6 +236,7 @@ def _record(directory: Path, m: ImageManifest) -> ImageRecord:
         features=m.features,
         recipe=m.recipe,
         optional_missing=m.optional_missing,
+        install_sshd=m.install_sshd,
         description=m.description,
         created_at=m.created_at,
         oci=m.oci,

@@ -21,7 +21,7 @@ import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE, Detached
-from banger.errors import BangerError
+from banger.errors import BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
@@ -76,6 +76,15 @@ class Call:
             for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
                 piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
                 asyncio.run_coroutine_threadsafe(self.data(piece), loop).result()
+
+        return send
+
+    def line_sender(self) -> Callable[[str], None]:
+        """What shows a line of a program's output, from a worker thread, at the client's pace."""
+        loop = asyncio.get_running_loop()
+
+        def send(line: str) -> None:
+            asyncio.run_coroutine_threadsafe(self.event({"output": line}), loop).result()
 
         return send
 
@@ -265,7 +274,7 @@ class Server:
             if entry.task is None and entry.state == "running":
                 self._settle(entry, e)
             await call.drain_events()
-            await call.fail(e)
+            await call.fail(find_disk_full(e) or e)
         except asyncio.CancelledError:
             # By the client's leaving, by `operations cancel`, or by the daemon's end.
             log.info("%s cancelled", request.method)
@@ -276,8 +285,13 @@ class Server:
             if current is not None and current.cancelling():
                 raise
         except Exception as e:
-            log.exception("%s failed unexpectedly", request.method)
-            await call.fail(_unexpected(entry, e))
+            error = _unexpected(entry, e)
+            if error.reason == "disk_full":
+                log.warning("%s", error)
+            else:
+                log.exception("%s failed unexpectedly", request.method)
+            await call.drain_events()
+            await call.fail(error)
         finally:
             log.debug("%s %.1f ms", request.method, (time.monotonic() - started) * 1000)
             if entry.state == "running" and entry.task is None:
@@ -369,6 +383,7 @@ class Server:
             self._settle(entry, _unexpected(entry, e))
 
     def _settle(self, entry: Entry, error: BangerError) -> None:
+        error = find_disk_full(error) or error
         self.operations.end(entry, error.outcome, error=WireError.of(error, entry.id))
 
 
@@ -381,7 +396,7 @@ def _cancelled(entry: Entry) -> BangerError:
 
 
 def _unexpected(entry: Entry, e: BaseException) -> BangerError:
-    return BangerError(
+    return find_disk_full(e, doing=entry.kind) or BangerError(
         "operation_failed",
         f"{entry.kind}: unexpected {type(e).__name__}: {e}",
         hint="banger daemon status",

@@ -18,6 +18,7 @@ from banger.workspace.git import failure
 from banger.workspace.ground import GUEST_GIT, Ground, no_git, open_ground
 from banger.workspace.guest_git import fetch_refs
 from banger.workspace.index import GITLINK, REGULAR, SYMLINK
+from banger.workspace.large_patch import APPLY_LIMIT
 from banger.workspace.manifest import Manifest, ShippedFile
 from banger.workspace.names import format_name
 from banger.workspace.tar import TarWriter
@@ -87,6 +88,11 @@ def export_patch(source: Source, out: Callable[[bytes], object]) -> Exported:
         _record(source, ground, files, view)
         changed = ground.changed_names(tree)
         size = ground.write_patch(tree, out)
+    if size > APPLY_LIMIT:
+        source.report.warn(
+            f"the patch has {size >> 20} MiB, and git apply takes {APPLY_LIMIT >> 20}: "
+            "use `banger vm workspace apply`, or --format tar"
+        )
     return Exported(base, len(changed), _shown(changed), size)
 
 

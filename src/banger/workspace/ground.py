@@ -18,6 +18,7 @@ from banger.errors import BangerError
 from banger.files import free_bytes, staging_directory
 from banger.workspace.git import end, failure, scratch_git
 from banger.workspace.history import read_shallow
+from banger.workspace.large_patch import LARGE_BYTES, find_large, write_large
 from banger.workspace.scratch import comparing, parse_tree, quote_alternate
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from banger.rpc.trees import GuestFiles
+    from banger.workspace.git import Git
     from banger.workspace.repository import Repository
 
 _CHUNK = 256 << 10
@@ -118,7 +120,9 @@ class Ground:
         ):
             asked = b"".join(n + b"\0" for n in names)
             if asked:
+                # A large file goes into a pack in pieces; it does not stay: no effort for its size.
                 self.git.run(
+                    "-c", f"core.bigFileThreshold={LARGE_BYTES}", "-c", "core.compression=0",
                     "update-index", *options, "-z", "--stdin",
                     stdin=asked, doing="recording the guest's files",
                 )  # fmt: skip
@@ -133,17 +137,25 @@ class Ground:
 
     def write_patch(self, tree: str, out: Callable[[bytes], object]) -> int:
         """The patch from a tree to the index, in pieces; returns its bytes. Raises BangerError."""
-        return self._stream(
-            ("diff-index", "--cached", "--patch", "--binary", *_DIFF, tree, "--"),
+        large = find_large(self.git, tree)
+        # Without `literal`, which would take the exclusion for a name.
+        git = scratch_git(self.git_dir, self.work, literal=False) if large else self.git
+        others = [f":(top,exclude,literal){os.fsdecode(c.name)}" for c in large]
+        written = self._stream(
+            git,
+            ("diff-index", "--cached", "--patch", "--binary", *_DIFF, tree, "--", *others),
             out,
             "writing the patch",
         )
+        return written + write_large(self.git, self.directory, large, out)
 
-    def _stream(self, args: tuple[str, ...], out: Callable[[bytes], object], doing: str) -> int:
+    def _stream(
+        self, git: Git, args: tuple[str, ...], out: Callable[[bytes], object], doing: str
+    ) -> int:
         words = self.directory / "stream.err"
         written = 0
         with words.open("wb") as stderr:
-            p = self.git.popen(*args, stdout=subprocess.PIPE, stderr=stderr)
+            p = git.popen(*args, stdout=subprocess.PIPE, stderr=stderr)
         try:
             assert p.stdout is not None
             while chunk := p.stdout.read(_CHUNK):

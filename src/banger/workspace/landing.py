@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK = 1 << 20
 
 
@@ -80,6 +81,26 @@ class Landing:
         with contextlib.suppress(FileExistsError):
             os.mkdir(part, 0o755, dir_fd=above)
         return os.open(part, _DIRECTORY, dir_fd=above)
+
+    def find_file(self, parts: list[bytes]) -> int | None:
+        """A descriptor of a regular file that is there, and the caller's; None where there is none,
+        or only behind a link. Nothing is made."""
+        above = self._fds[0]
+        opened: list[int] = []
+        try:
+            for part in parts[:-1]:
+                above = os.open(part, _DIRECTORY, dir_fd=above)
+                opened.append(above)
+            fd = os.open(parts[-1], _LOOK, dir_fd=above)
+        except OSError:
+            return None
+        finally:
+            for one in opened:
+                os.close(one)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        return None
 
     def file(
         self, parts: list[bytes], size: int, read: Callable[[int], bytes], *, mode: int

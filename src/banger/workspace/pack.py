@@ -77,6 +77,7 @@ def pack(
         plan = plan_git(scratch, selection, options)
         emit = stack.enter_context(prepared(scratch, selection, options, plan))
         shipping.tar.read_only = options.readonly
+        shipping.tar.root(mtime=shipping.now)
         shipping.ship_files()
         shipping.tar.read_only = False
         files, size = shipping.tar.files, shipping.tar.content_bytes

@@ -94,6 +94,11 @@ class TarWriter:
         mode = self._mode(0o755)
         self._write(build_header(name + b"/", mode=mode, size=0, mtime=mtime, kind=b"5"))
 
+    def root(self, *, mtime: int) -> None:
+        """The directory of the tar itself: only its mode and time matter."""
+        mode = self._mode(0o755)
+        self._write(build_header(b"./", mode=mode, size=0, mtime=mtime, kind=b"5"))
+
     def symlink(self, name: bytes, target: bytes, *, mtime: int) -> None:
         self.files += 1
         self.names.append(name)

@@ -342,6 +342,8 @@ class _Update:
                 for name in gone:
                     shipping.tar.whiteout(name)
                 shipping.tar.read_only = self.options.readonly
+                if self.options.readonly != self.manifest.workspace.readonly:
+                    shipping.tar.root(mtime=shipping.now)
                 shipping.ship_files()
                 shipping.tar.read_only = False
                 if emit is not None:

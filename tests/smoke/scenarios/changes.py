@@ -120,10 +120,10 @@ def export_base() -> None:
     expect(_git(path, "log", "-1", "--format=%an: %s").strip() == "guest: In the guest", "the log")
 
 
-@scenario("repodir", "`--readonly` leaves no write bits below the checkout")
+@scenario("repodir", "`--readonly` leaves no write bits in the checkout, its top included")
 def prepare_readonly() -> None:
     vm, _, place = _prepared("readonly", "--readonly")
-    find = f"find {place} -mindepth 1 -path {place}/.git -prune -o ! -type l -perm /222 -print"
+    find = f"find {place} -path {place}/.git -prune -o ! -type l -perm /222 -print"
     out = banger("vm", "exec", vm, "--", "sh", "-c", find)
     expect(out == "", f"writable: {out!r}")
 

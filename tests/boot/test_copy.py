@@ -1,0 +1,83 @@
+"""`vm cp` with a real VM: killed on the way, in and out, and asked for again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+from banger.workspace.partial import part_name
+from boot.installation import Installation
+
+_SIZE = 96 << 20
+_SEEN = 8 << 20
+# Ends when enough of the file has come, so that the copy can be killed in the middle of it.
+_WATCH = f"""
+until [ "$(stat -c %s /root/.banger-put-part-* 2>/dev/null || echo 0)" -ge {_SEEN} ]; do
+    sleep 0.02
+done
+"""
+
+
+def _wait_for(path: Path, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.stat().st_size < size:
+        assert time.monotonic() < deadline, f"{path} does not grow"
+        time.sleep(0.005)
+
+
+def test_copy_that_was_killed_goes_on_in_both_directions(
+    banger: Installation, web: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(1).randbytes(_SIZE))
+    expected = hashlib.sha256(source.read_bytes()).hexdigest()
+    with banger.popen("vm", "exec", web, "--", "timeout", "60", "sh", "-c", _WATCH) as watch:
+        with banger.popen("vm", "cp", str(source), f"{web}:big") as copy:
+            assert watch.wait(90) == 0
+            copy.kill()
+    assert banger("vm", "exec", web, "--", "test", "-e", "big").status == 1
+    again = banger.ok("vm", "cp", str(source), f"{web}:big")
+    assert "were there already" in again.err
+    there = banger.ok("vm", "exec", web, "--", "sh", "-c", "sha256sum big; ls -A | grep banger")
+    assert there.text.split() == [expected, "big"]
+    back = tmp_path / "back"
+    with banger.popen("vm", "cp", f"{web}:big", str(back)) as copy:
+        _wait_for(tmp_path / os.fsdecode(part_name(b"back")), _SEEN)
+        copy.kill()
+    assert not back.exists()
+    again = banger.ok("vm", "cp", f"{web}:big", str(back))
+    assert "were there already" in again.err
+    assert back.read_bytes() == source.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "source"]
+    banger.ok("vm", "exec", web, "--", "rm", "big")
+
+
+def test_directory_is_whole_or_not_there_and_only_what_differs_goes_again(
+    banger: Installation, web: str, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    number = random.Random(2)
+    for at in range(60):
+        path = tree / f"d{at % 6}" / f"f{at}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(number.randbytes(400_000))
+    some = "until ls -d /root/.banger-put-part-*/d3; do sleep 0.02; done"
+    with banger.popen("vm", "exec", web, "--", "timeout", "60", "sh", "-c", some) as watch:
+        with banger.popen("vm", "cp", str(tree), f"{web}:tree") as copy:
+            assert watch.wait(90) == 0
+            copy.kill()
+    assert banger("vm", "exec", web, "--", "test", "-e", "tree").status == 1
+    assert "were there already" in banger.ok("vm", "cp", str(tree), f"{web}:tree").err
+    assert "copied: 0 files" in banger.ok("vm", "cp", f"{tree}/.", f"{web}:tree").err
+    banger.ok("vm", "exec", web, "--", "sh", "-c", "echo new > tree/d0/f0")
+    banger.ok("vm", "cp", f"{web}:tree", str(tmp_path / "back"))
+    assert "copied: 0 files" in banger.ok("vm", "cp", f"{web}:tree/.", str(tmp_path / "back")).err
+    differing = subprocess.run(
+        ["diff", "-rq", tree, tmp_path / "back"], capture_output=True, text=True, check=False
+    )
+    assert differing.stdout.count("\n") == 1 and "f0" in differing.stdout
+    banger.ok("vm", "exec", web, "--", "rm", "-r", "tree")
