@@ -68,7 +68,7 @@ def ours(reference: str, place: Path) -> None:
         state=place / "state", cache=place / "cache", runtime=place, config_file=place / "none"
     )
     plan = plan_pull(reference, default_registry="registry.invalid", kernel_ref="k")
-    _pull(paths, plan, lambda _: None, Job())
+    _pull(paths, plan, Job())
     # Not ru_maxrss, which begins with what the parent had at exec.
     status = Path("/proc/self/status").read_text()
     peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))

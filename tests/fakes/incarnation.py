@@ -225,10 +225,13 @@ class Installation:
 
 async def _end_all() -> None:
     me = asyncio.current_task()
-    others = [task for task in asyncio.all_tasks() if task is not me]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    # A connection that was just taken becomes a task in the next turn, and closes in the one after.
+    for _ in range(4):
+        others = [task for task in asyncio.all_tasks() if task is not me]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 def wait_until(condition: Callable[[], object], describe: Callable[[], str] = lambda: "") -> None:

@@ -292,7 +292,7 @@ async def test_room_for_a_download_is_made_before_it(paths: Paths, registry: Fak
     seen: list[bool] = []
     job = Job(AtStage("download", lambda: seen.append(old.exists())))
     wanted = plan(f"{reference}:v2", limit=150_000)
-    await asyncio.to_thread(pull_module._pull, paths, wanted, allow, job)
+    await asyncio.to_thread(pull_module._pull, paths, wanted, job)
     assert seen == [False]
 
 
@@ -303,7 +303,7 @@ async def test_a_pull_in_the_middle_keeps_its_layers_when_others_prune(
     pruned: list[PrunedCache] = []
     job = Job(AtStage("layers", lambda: pruned.append(asyncio.run(prune(paths)))))
     wanted = plan(f"{registry.host}/team/app:v1")
-    await asyncio.to_thread(pull_module._pull, paths, wanted, allow, job)
+    await asyncio.to_thread(pull_module._pull, paths, wanted, job)
     assert [(done.blobs, done.in_use_blobs) for done in pruned] == [(0, 3)]
     assert (await prune(paths)).blobs == 3
 
@@ -375,10 +375,6 @@ async def test_what_cannot_be_pulled_is_refused_before_anything(
     with pytest.raises(BangerError) as caught:
         plan_pull(reference, default_registry="registry.invalid", kernel_ref="k", platform=platform)
     assert caught.value.code == "bad_request"
-
-
-def allow(_: object) -> None:
-    """Nobody uses an image that is to be replaced."""
 
 
 class Killed(BaseException):

@@ -25,6 +25,7 @@ from banger.vm.cleanup import is_live
 from banger.vm.handles import write_handles
 from banger.vm.stop import delete, stop
 from fakes.driver import PANIC, Boot
+from fakes.faults import broken
 from fakes.guest import BOOT_ID, announce, read_config
 from fakes.world import EMPTY, World
 
@@ -308,6 +309,34 @@ async def test_vm_whose_rollback_failed_can_still_be_deleted(world: World) -> No
     vm = world.store.resolve("web")
     assert vm.state == "error"
     assert "host.release failed" in (vm.last_error or "")
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
+
+
+async def test_rollback_that_is_cancelled_once_more_is_finished_and_its_failure_seen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, releasing, go = world.faults.hang("driver.start"), asyncio.Event(), asyncio.Event()
+    creating = asyncio.ensure_future(world.create("web"))
+    await reached.wait()
+
+    async def fail_late(lease_id: str) -> None:
+        releasing.set()
+        await go.wait()
+        raise broken("host.release")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.host, "release", fail_late)
+        creating.cancel()
+        await releasing.wait()
+        creating.cancel()
+        await asyncio.sleep(0)
+        assert not creating.done()
+        go.set()
+        with pytest.raises(BangerError, match="could not all be given back"):
+            await creating
+    vm = world.store.resolve("web")
+    assert (vm.state, len(world.host.leases)) == ("error", 1), "what it holds has an owner"
     await delete(world.ctx, vm)
     assert world.census() == EMPTY
 

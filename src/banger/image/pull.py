@@ -136,10 +136,10 @@ async def pull_image(
             image by now; not_found, unauthorized; operation_failed, also with the reasons bad_image
             and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, plan, refuse, job), reporter)
+    return await run_job(lambda job: _pull(paths, plan, job, refuse), reporter)
 
 
-def _pull(paths: Paths, plan: PullPlan, refuse: Refuse, job: Job) -> ImageRecord:
+def _pull(paths: Paths, plan: PullPlan, job: Job, refuse: Refuse = lambda _: None) -> ImageRecord:
     with lock_image(paths, plan.name, job):
         for kind in ("pull", "delete"):
             remove_abandoned(paths.images, f"{kind}-{plan.name}")

@@ -7,6 +7,7 @@ generator-based context manager once it is collected, which would tear down the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ class Undo:
         while self._steps:
             what, release = self._steps.pop()
             try:
-                await release()
+                await _finish(release)
             except Exception as e:
                 log.warning("undoing %s: %s", what, e)
                 failures.append(f"undoing {what}: {e}")
@@ -69,3 +70,13 @@ class Undo:
                 reason="cancelled",
                 outcome="unknown",
             ) from error
+
+
+async def _finish(release: Release) -> None:
+    """Give back to the end, also when the caller is cancelled once more: what is given back half
+    would belong to nobody."""
+    work = asyncio.ensure_future(release())
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+    work.result()
