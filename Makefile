@@ -8,10 +8,11 @@ PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test lint unit host boot smoke smoke-list smoke-one smoke-fresh smoke-clean \
-    bench bench-host agent firecracker build install uninstall clean
+    bench bench-host soak agent firecracker rootfs alpine-kernel rootfs-alpine alpine-register \
+    void-kernel rootfs-void void-register build install uninstall clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-15s %s\n", $$1, $$2}'
 
 # make itself ends with status 2 whenever the command of a recipe fails; that command's own status
 # stands in make's last line ("Error 1").
@@ -67,11 +68,46 @@ bench-host: ## the installed host side, measured in an emulated host; results in
 	@$(SETUP) smoke
 	@.venv/bin/python -m tests.smoke.run --jobs 1 --scenario figures_vms,figures_pool,figures_dns
 
+soak: ## property tests with new examples, then VMs made and deleted for SOAK_MINUTES=60; plots in docs/
+	@$(SETUP) soak
+	@.venv/bin/python -m tests.soak.run --minutes $(or $(SOAK_MINUTES),60)
+
 agent: ## build the guest agent for amd64 and arm64
 	@$(SETUP) host venv go agent
 
 firecracker: ## fetch the pinned, hash-checked firecracker and jailer
 	@$(SETUP) host venv firecracker
+
+# What is built lies in build/manual/. ARGS are further words of `banger image build`.
+DISTROS := .venv/bin/python -m tools.distros
+
+rootfs: ## RECIPE=debian-bookworm: its root filesystem in build/manual, without storing an image
+	@$(SETUP) host venv go agent firecracker
+	@$(DISTROS) rootfs "$(or $(RECIPE),debian-bookworm)" "$(ARGS)"
+
+alpine-kernel: ## Alpine's kernel as alpine-virt; KERNEL=FILE.apk or its directory, ALPINE_RELEASE=3.x
+	@$(SETUP) host venv go agent firecracker
+	@KERNEL="$(KERNEL)" ALPINE_RELEASE="$(ALPINE_RELEASE)" $(DISTROS) kernel alpine
+
+rootfs-alpine: ## Alpine's root filesystem; ARGS="--archive FILE" where no registry is reached
+	@$(SETUP) host venv go agent firecracker
+	@ALPINE_RELEASE="$(ALPINE_RELEASE)" $(DISTROS) rootfs alpine "$(ARGS)"
+
+alpine-register: ## the image alpine of it, with alpine-virt if it is here
+	@$(SETUP) host venv go agent firecracker
+	@$(DISTROS) register alpine
+
+void-kernel: ## Void's kernel as void-linux; KERNEL=FILE.xbps or its directory
+	@$(SETUP) host venv go agent firecracker
+	@KERNEL="$(KERNEL)" $(DISTROS) kernel void
+
+rootfs-void: ## Void's root filesystem; ARGS="--archive ROOTFS-TARBALL"
+	@$(SETUP) host venv go agent firecracker
+	@$(DISTROS) rootfs void "$(ARGS)"
+
+void-register: ## the image void of it, with void-linux if it is here
+	@$(SETUP) host venv go agent firecracker
+	@$(DISTROS) register void
 
 build: ## the wheel in dist/, and build/bin/{banger,bangerd,banger-root,banger-vsock-agent}
 	@$(SETUP) lint

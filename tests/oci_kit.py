@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from banger import zstd
 from banger.disk.background import Job
 from banger.disk.squashfs import write_squashfs
-from banger.oci.compression import zstd
 from banger.oci.layout import OciImage, read_layout
 from banger.oci.merge import Merged, index_layers, write_merged
 
@@ -112,10 +112,12 @@ def build_image(
     compression: str = "gzip",
     architecture: str = "amd64",
     diff_ids: Sequence[str] | None = None,
+    stored: Sequence[bytes] | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Image:
-    """Documents and blobs around the layers' tars."""
+    """Documents and blobs around the layers' tars; `stored`: the layers as they are kept."""
     blobs = {}
-    stored = [compress(data, compression) for data in layers]
+    stored = stored or [compress(data, compression) for data in layers]
     suffix = {"gzip": "+gzip", "zstd": "+zstd", "none": ""}[compression]
     document = {
         "architecture": architecture,
@@ -136,13 +138,22 @@ def build_image(
             "mediaType": MANIFEST_TYPE,
             "config": {"mediaType": CONFIG_TYPE, "digest": sha256(text), "size": len(text)},
             "layers": [
-                {"mediaType": LAYER_TYPE + suffix, "digest": sha256(data), "size": len(data)}
+                {
+                    "mediaType": _layer_type(data) if suffix == "+gzip" else LAYER_TYPE + suffix,
+                    "digest": sha256(data),
+                    "size": len(data),
+                    **({"annotations": dict(annotations)} if annotations else {}),
+                }
                 for data in stored
             ],
         }
     ).encode()
     blobs[sha256(manifest)] = manifest
     return Image(blobs, sha256(manifest), [sha256(data) for data in stored])
+
+
+def _layer_type(data: bytes) -> str:
+    return LAYER_TYPE + ("+gzip" if data.startswith(b"\x1f\x8b") else "")
 
 
 def write_layout(root: Path, image: Image, tag: str = "latest") -> Path:

@@ -57,6 +57,8 @@ def stages() -> list[Stage]:
             "tests.smoke",
             "-p",
             "tests.bench",
+            "-p",
+            "tests.soak",
         ),
         Stage("imports", (str(VENV / "bin" / "lint-imports"),)),
         Stage("shellcheck", ("shellcheck", "-S", "error", *shell_files())),

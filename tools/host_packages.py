@@ -89,6 +89,16 @@ TEST = (
     Need("docker-registry", "docker-registry", "", ""),
     Need("skopeo", "skopeo", "skopeo", "skopeo"),
     Need("umoci", "umoci", "", ""),
+    # Small sources are compiled, real ones are configured; tarballs are signed and verified.
+    Need("flex", "flex", "flex", "flex"),
+    Need("bison", "bison", "bison", "bison"),
+    Need("bc", "bc", "bc", "bc"),
+    Need("perl", "perl", "perl", "perl"),
+    Need("/usr/include/libelf.h", "libelf-dev", "elfutils-libelf-devel", "libelf"),
+    Need("gpg", "gpg", "gnupg2", "gnupg"),
+    Need("gpg-agent", "gpg-agent", "gnupg2", "gnupg"),
+    Need("gpgv", "gpgv", "gnupg2", "gnupg"),
+    Need("buildah", "buildah", "buildah", "buildah"),
     # A judge of our signatures.
     Need("minisign", "minisign", "minisign", "minisign"),
     # A judge of our initrds; the tests that ask it skip where the distribution has none.
@@ -98,6 +108,8 @@ TEST = (
     Need("/usr/share/doc/libgit2-fixtures", "libgit2-fixtures", "", ""),
     # A judge of our units; it starts nothing.
     Need("systemd-analyze", "systemd", "systemd", "systemd"),
+    # Statically linked: what a small root filesystem of the tests consists of.
+    Need("busybox", "busybox-static", "busybox", "busybox"),
 )
 
 

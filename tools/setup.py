@@ -1,8 +1,8 @@
 """`python3 -m tools.setup GROUP…`: bring a checkout to the point where banger runs or is tested.
 
 Groups: `demo` (what a user needs), `test` (its programs and the development tools, with the small
-image), `lint`, `smoke`; or single steps by name. Runs on any Python from 3.11 with the standard
-library only; see `steps.py` for what makes a step skippable and safe to interrupt.
+image), `soak`, `lint`, `smoke`; or single steps by name. Runs on any Python from 3.11 with the
+standard library only; see `steps.py` for what makes a step skippable and safe to interrupt.
 """
 
 from __future__ import annotations
@@ -308,6 +308,7 @@ STEPS = {
         _host_step("host-test", "host packages for the tests", host_packages.TEST),
         _venv_step("venv", "virtual environment", ROOT / "requirements.lock"),
         _venv_step("venv-dev", "development tools", ROOT / "requirements-dev.lock"),
+        _venv_step("venv-soak", "plotting", ROOT / "requirements-soak.lock"),
         Step(
             "go",
             f"Go toolchain {GO_VERSION}",
@@ -337,11 +338,13 @@ STEPS = {
     )
 }
 _PROGRAMS = ("host", "venv", "go", "agent", "firecracker")
+_TESTED = (*_PROGRAMS, "host-test", "venv-dev", f"kernel-{KERNEL}", f"image-{MINIMAL_IMAGE}")
 GROUPS = {
     "demo": (*_PROGRAMS, f"kernel-{KERNEL}", f"image-{IMAGE}"),
     "lint": ("host", "host-test", "venv", "venv-dev", "go", "agent"),
     "smoke": (*_PROGRAMS, "venv-dev", f"kernel-{KERNEL}", f"image-{MINIMAL_IMAGE}"),
-    "test": (*_PROGRAMS, "host-test", "venv-dev", f"kernel-{KERNEL}", f"image-{MINIMAL_IMAGE}"),
+    "test": _TESTED,
+    "soak": (*_TESTED, "venv-soak"),
 }
 
 

@@ -1,7 +1,9 @@
 """Files that appear whole, private directories, and cheap copies.
 
-A state file is written beside its target, synced and renamed; a directory that others could write
-is refused before anything is put into it.
+A state file is written beside its target, synced and renamed; a finished directory is synced and
+renamed. So power lost at any moment leaves the old one or the new one, and at most something beside
+it whose name says what it is. A directory that others could write is refused before anything is put
+into it.
 """
 
 from __future__ import annotations
@@ -10,35 +12,157 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from banger.errors import BangerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h: share the data extents of another file.
 _FICLONE = 0x40049409
 _CHUNK = 1 << 20
+# include/uapi/linux/fcntl.h, fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# What `new_file` and `staging_directory` call what is not whole yet.
+_BESIDE = re.compile(r"\..+[.-][0-9a-f]{8}")
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Replace `path` by a file of this content: beside, fsync, rename, fsync of the directory."""
-    tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    """Replace `path` by a file of this content: beside, fsync, rename, fsync of the directory.
+
+    Raises:
+        OSError: with the file's name; the old file is then as it was, and nothing lies beside it.
+    """
+    with new_file(path, mode=mode) as f:
+        f.write(content)
+
+
+@contextlib.contextmanager
+def new_file(
+    path: Path, *, mode: int = 0o600, check: Callable[[], None] | None = None
+) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when the block ends: whole and on disk by then, or not at
+    all. What a killed process left beside it is `remove_leftovers`' to find.
+
+    `check` is called last before the rename, and may refuse it.
+
+    Raises:
+        OSError: with the file's name. Whatever `check` raises.
+    """
+    beside = path.with_name(_name_beside(path))
     try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(tmp)
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(fd, "w+b") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if check is not None:
+                check()
+            os.replace(beside, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+            raise
+        sync_directory(path.parent)
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(path)  # fsync(2) and write(2) know none
         raise
-    sync_directory(path.parent)
+
+
+def _name_beside(path: Path) -> str:
+    return f".{path.name[:200]}.{os.urandom(4).hex()}"
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Remove what `new_file` and `staging_directory` of killed processes left in a directory.
+
+    The caller knows that nobody is at work there. Returns the names; an absent directory has none.
+    """
+    removed = []
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if _BESIDE.fullmatch(name):
+            path = directory / name
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(name)
+    return removed
+
+
+def publish_directory(new: Path, target: Path) -> None:
+    """Give a finished directory its name for good: what is in it first, then the name.
+
+    A directory that has the name already changes places with it, in one step.
+    """
+    sync_tree(new)
+    if target.exists():
+        exchange(new, target)
+    else:
+        os.rename(new, target)
+    sync_directory(target.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two names of one filesystem change places at once: rename(2), RENAME_EXCHANGE.
+
+    Where the filesystem cannot do that, `other` goes away for a moment.
+
+    Raises:
+        OSError: both are as they were.
+    """
+    import ctypes  # only a replaced entry needs it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(libc, "renameat2", None)  # glibc 2.28, musl 1.2.6
+    number = errno.ENOSYS
+    if rename is not None:
+        at, names = ctypes.c_int(_AT_FDCWD), (os.fsencode(one), os.fsencode(other))
+        if rename(at, names[0], at, names[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+            return
+        number = ctypes.get_errno()
+    if number not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(number, os.strerror(number), str(other))
+    aside = one.with_name(_name_beside(one))
+    os.rename(other, aside)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(aside, other)
+        raise
+    os.rename(aside, one)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content and size durable, whoever wrote them."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        e.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make a directory of plain files and directories durable, with everything below it."""
+    for place, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            path = Path(place, name)
+            if not path.is_symlink():
+                sync_file(path)
+        sync_directory(Path(place))
 
 
 def sync_directory(path: Path) -> None:
@@ -60,6 +184,7 @@ def ensure_private_directory(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
+            sync_directory(path.parent)
     except OSError as e:
         raise BangerError(
             "operation_failed",
@@ -103,6 +228,26 @@ def clone(source: Path, target: Path, *, mode: int = 0o600) -> None:
             with contextlib.suppress(FileNotFoundError):
                 target.unlink()
             raise
+
+
+def clone_whole(source: Path, target: Path, *, mode: int = 0o600) -> None:
+    """As `clone`, but `target` appears when all of it is on disk, and not before.
+
+    Raises:
+        FileExistsError: `target` exists. OSError: disk full and the like; no part file is left.
+    """
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    beside = target.with_name(_name_beside(target))
+    try:
+        clone(source, beside, mode=mode)
+        sync_file(beside)
+        os.rename(beside, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+    sync_directory(target.parent)
 
 
 def can_share_extents(directory: Path) -> bool:
@@ -179,6 +324,42 @@ def sha256_file(path: Path) -> str:
 
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def aside(path: Path) -> Path:
+    """Where `bound_file` moves the end of a file that has grown too long."""
+    return path.with_name(f"{path.name}.1")
+
+
+def bound_file(path: Path, *, most_bytes: int, kept_bytes: int) -> bool:
+    """Empty a file that somebody appends to once it is longer than `most_bytes`; its end goes to
+    `aside(path)`. Whether it did.
+
+    The writer needs no notice: it has the file open for append. What it writes in the moment
+    between the last look and the truncation is lost.
+    """
+    try:
+        # A guest decides what is in it, never where it is.
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        if size <= most_bytes:
+            return False
+        tail = os.pread(fd, kept_bytes, size - kept_bytes)
+        try:
+            write_atomic(aside(path), tail + os.pread(fd, kept_bytes, size))
+            os.ftruncate(fd, 0)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            # On a full disk the room comes first.
+            os.ftruncate(fd, 0)
+            write_atomic(aside(path), tail)
+        return True
+    finally:
+        os.close(fd)
 
 
 def free_bytes(path: Path) -> int:

@@ -63,6 +63,16 @@ def check_entry_name(name: str, kind: str) -> str:
     return name
 
 
+def temporary_image_name() -> str:
+    """A name for an image that does not outlive the build that it is for."""
+    return f"build-base-{secrets.token_hex(4)}"
+
+
+def is_temporary_image(name: str) -> bool:
+    """Whether an image of this name was made for a build only."""
+    return re.fullmatch(r"build-base-[0-9a-f]{8}", name) is not None
+
+
 def new_vm_id() -> VmId:
     return VmId(secrets.token_hex(16))
 

@@ -14,12 +14,14 @@ import subprocess
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from banger.errors import BangerError
+from banger.errors import DISK_FULL_HINT, BangerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _TAIL_BYTES = 2048
+# strerror(3) of ENOSPC and EDQUOT, in the locale that every program gets from us.
+_NO_SPACE = ("No space left on device", "Disk quota exceeded")
 # What a host tool may see of our environment: enough to find programs, proxies and certificates.
 _KEPT = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR",
@@ -42,7 +44,13 @@ class ProcessFailed(BangerError):
             else f"ended with status {status}"
         )
         words = f": {self.stderr}" if self.stderr else ""
-        super().__init__("operation_failed", f"{Path(argv[0]).name} {how}{words}")
+        full = any(text in self.stderr for text in _NO_SPACE)
+        super().__init__(
+            "operation_failed",
+            f"{Path(argv[0]).name} {how}{words}",
+            hint=DISK_FULL_HINT if full else None,
+            reason="disk_full" if full else None,
+        )
 
 
 def host_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

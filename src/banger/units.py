@@ -34,6 +34,13 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes}B"
 
 
+def format_duration(seconds: float) -> str:
+    """As `parse_duration` reads it: `1h30m`, `45s`; `0s` for none."""
+    whole = int(seconds)
+    parts = ((whole // 3600, "h"), (whole // 60 % 60, "m"), (whole % 60, "s"))
+    return "".join(f"{n}{letter}" for n, letter in parts if n) or "0s"
+
+
 def parse_duration(text: str) -> float:
     """Seconds of `10s`, `5m`, `1h30m`; `0` is off.
 

@@ -29,11 +29,14 @@ def main() -> int:
         spec = json.load(f)
     os.chdir(spec["cwd"])
     listener = _listen(spec["announce"])
+    began = time.monotonic()
     pid = _launch(spec["argv"], spec["console"])
     try:
         if spec["documents"]:
             _configure(spec["documents"])
         _greet(listener, spec["token"])
+        # From the start of the VMM to the guest's word that it can run commands.
+        print(f"{time.monotonic() - began:.4f}", flush=True)
         return _run(_connect(spec["agent"]), spec["exec"], spec["token"])
     finally:
         os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,8 @@
 """The bench: measures, prints a table, keeps the figures in bench/results.
 
     .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import workspace
-                                                       large bounded cli dns memory
+                                                       large bounded cli dns kernel oci
+                                                       memory
     BENCH_RUNS=20 make bench                           more than the ten runs of each side
 
 Ends with status 0 whatever the figures are: a missed aim is a finding, not a failure.
@@ -17,7 +18,18 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from tests.bench import big_tree, bounded, dns, import_tree, in_guest, on_host, report, workspace  # noqa: E402 - needs the path
+from tests.bench import (  # noqa: E402 - needs the path
+    big_tree,
+    bounded,
+    dns,
+    import_tree,
+    in_guest,
+    kernels,
+    oci_import,
+    on_host,
+    report,
+    workspace,
+)
 from tests.bench.ground import ROOT, Ground  # noqa: E402
 from tests.bench.measure import Figure  # noqa: E402
 
@@ -32,12 +44,17 @@ _WITH_VM: dict[str, Callable[[Ground, str, int], list[Figure]]] = {
 _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "cli": on_host.command_line,
     "dns": lambda _, runs: dns.name_server(runs),
+    "oci": oci_import.figures,
     "run": in_guest.run_true,
+    "kernel": kernels.boot,
     "memory": on_host.memory,
     "large": big_tree.large_repository,
     "bounded": bounded.bounded_memory,
 }
-_ORDER = ("run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "memory")
+_ORDER = (
+    "run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "kernel",
+    "oci", "memory",
+)  # fmt: skip
 
 
 def main() -> None:

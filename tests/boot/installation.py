@@ -96,8 +96,8 @@ class Installation:
         assert done.status == 0, f"{words}: status {done.status}\n{done.err}\n{self.evidence()}"
         return done
 
-    def json(self, *words: str) -> Any:
-        return json.loads(self.ok(*words).out)
+    def json(self, *words: str, **kwargs: Any) -> Any:
+        return json.loads(self.ok(*words, **kwargs).out)
 
     def show(self, vm: str) -> dict[str, Any]:
         record: dict[str, Any] = self.json("vm", "show", vm)

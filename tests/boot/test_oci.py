@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +132,55 @@ def test_an_image_of_one_program_is_pulled_and_run(banger: Installation, tmp_pat
         done = banger(*run, "--", "fail")
         assert (done.status, registry.asked) == (42, [])
     assert banger.json("image", "show", "program-v1")["oci"]["cmd"] == ["by", "default"]
+
+
+@pytest.mark.parametrize("moment", ["fetching", "reading", "writing the image"])
+@pytest.mark.usefixtures("cleaned")
+def test_ctrl_c_at_any_moment_of_a_pull_leaves_nothing(banger: Installation, moment: str) -> None:
+    content = os.urandom(1 << 20)
+    layers = [layer_tar([Entry(f"f{n}-{i}", content=content) for i in range(40)]) for n in (1, 2)]
+    with fake_registry() as registry:
+        image = build_image(layers, compression="none")
+        registry.add(image, moment.split()[0])
+        if moment == "fetching":
+            registry.hold = threading.Event()
+        reference = f"{registry.host}/ctrl/c:{moment.split()[0]}"
+        before = len(banger.json("image", "list", "--json"))
+        with banger.popen("image", "pull", reference, text=True) as pull:
+            assert pull.stderr
+            said = []
+            for line in pull.stderr:
+                said.append(line)
+                if moment in line:
+                    if registry.hold is not None:
+                        assert registry.holding.wait(30)
+                    pull.send_signal(signal.SIGINT)
+            assert pull.wait(30) == 130, said
+        # The command has ended when it heard so; the daemon gives everything back at once.
+        deadline = time.monotonic() + 30
+        while left := [*pull_programs(banger), *pull_files(banger)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.02)
+        assert len(banger.json("image", "list", "--json")) == before
+        if registry.hold is not None:
+            registry.hold.set()
+        banger.ok("image", "pull", reference)
+    for digest in image.blobs:
+        (blobs_of(banger) / digest.removeprefix("sha256:")).unlink(missing_ok=True)
+
+
+def blobs_of(banger: Installation) -> Path:
+    return Path(banger.env["XDG_CACHE_HOME"]) / "banger" / "oci" / "blobs" / "sha256"
+
+
+def pull_files(banger: Installation) -> list[str]:
+    return [p.name for p in (banger.state / "images").glob(".pull-*") if p.is_dir()]
+
+
+def pull_programs(banger: Installation) -> list[str]:
+    """What the daemon has started for a pull."""
+    daemon = banger.daemon_pid()
+    children = Path(f"/proc/{daemon}/task").glob("*/children")
+    pids = [pid for path in children for pid in path.read_text().split()]
+    names = [Path(f"/proc/{pid}/comm") for pid in pids]
+    return [name for p in names if p.exists() and (name := p.read_text().strip()) == "sqfstar"]

@@ -13,7 +13,8 @@ import pytest
 from banger.catalog.index import VALID_DAYS, Index, IndexEntry
 from banger.cli.app import app
 from banger.config.settings import read_settings
-from banger.kernel import requirements
+from banger.kernel import build_tools, requirements
+from banger.kernel.build_recipe import list_build_recipes
 from banger.kernel.pull import CATALOG
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -38,14 +39,31 @@ def test_commands_in_the_documents_exist_with_these_options(words: list[str]) ->
 
 
 def test_the_kernel_document_names_every_catalog_kernel_and_what_guests_need() -> None:
-    for kernel in CATALOG:
+    for kernel in (*CATALOG, *list_build_recipes()):
         assert f"`{kernel.name}`" in KERNELS
         assert kernel.suite in KERNELS
     wanted = requirements.find_missing_options("") + requirements.find_missing_boot_options("")
     built_in, other = KERNELS.split("- built in: ")[1].split("- built in or as modules")
+    other, containers = other.split("- for containers")
     said = {f"CONFIG_{o}=y" for o in re.findall(r"`([A-Z0-9_]+)`", built_in)}
     said |= {f"CONFIG_{o}=y|m" for o in re.findall(r"`([A-Z0-9_]+)`", other)}
     assert said == set(wanted)
+    built_in, other = containers.split("` built in, ")
+    said = {f"CONFIG_{o}=y" for o in re.findall(r"`([A-Z0-9_]+)`", f"{built_in}`")}
+    said |= {f"CONFIG_{o}=y|m" for o in re.findall(r"`([A-Z0-9_]+)`", other)}
+    assert said == set(requirements.find_missing_container_options(""))
+
+
+def test_the_kernel_document_names_what_a_build_needs_and_who_may_sign() -> None:
+    for tool in build_tools.BUILD_TOOLS:
+        assert tool.apt in KERNELS
+    for tool in build_tools.SIGNATURE_TOOLS:
+        assert tool.name in KERNELS
+    for recipe in list_build_recipes():
+        assert f"`{recipe.package}`" in KERNELS
+        assert f"`recipes/kernels/{recipe.fragment}`" in KERNELS
+        for signer in recipe.signers:
+            assert re.sub(r" \(.*\)", "", signer.name) in " ".join(KERNELS.split())
 
 
 def test_the_image_document_describes_the_index() -> None:

@@ -115,6 +115,13 @@ def test_kernel_interfaces_have_one_home_each() -> None:
     assert users("socket", "AF_NETLINK") == set(_NETLINK)
 
 
+def test_zstd_has_one_home() -> None:
+    """Which module it is depends on the Python; nobody else needs to know."""
+    wanted = {"backports", "backports.zstd", "compression", "compression.zstd"}
+    users = {name for name, tree in TREES.items() if wanted & set(imports(tree))}
+    assert users == {"banger/zstd.py"}
+
+
 def test_modules_are_short() -> None:
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
     assert {n: length for n, length in lengths.items() if length > _MOST_LINES} == {}

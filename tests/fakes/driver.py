@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from banger.api.records import VmmName
 from banger.vmm.driver import before_exit
@@ -26,7 +27,7 @@ _LIFE = "life"
 
 
 class FakeDriver:
-    """Points: `driver.build_launch`, `driver.start`."""
+    """Points: `driver.build_launch`, `driver.start`, `driver.pause`, `driver.resume`."""
 
     def __init__(self, faults: Faults, *, emulated: bool = False) -> None:
         self.name: VmmName = "firecracker"
@@ -37,7 +38,10 @@ class FakeDriver:
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}
+        self.standing: set[str] = set()  # the machines that are paused
         self.put_error: str | None = None  # what guests that come up from now on say to a `put`
+        self.guest_loop: asyncio.AbstractEventLoop | None = None
+        """Where guests live whose machines outlive the daemon's own loop."""
         self._faults = faults
         self._lives: dict[str, list[int]] = {}
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -71,9 +75,9 @@ class FakeDriver:
             machine.runtime, read_config(machine.initrd), lambda: self.power_off(vm_id)
         )
         if earlier := self.guests.get(vm_id):
-            await earlier.end()
+            await self._for_guest(earlier.end())
         guest.put_error = self.put_error
-        await guest.listen()
+        await self._for_guest(guest.listen())
         # Last, because tests wait for it: who is known here listens.
         self.guests[vm_id] = guest
         match boot:
@@ -86,23 +90,36 @@ class FakeDriver:
             case "dies":
                 self.power_off(vm_id, f"echo '{PANIC}'; echo; exit 3")
 
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[bool] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]  # coroutine of bool
+    async def _for_guest(self, work: Coroutine[Any, Any, Any]) -> Any:
+        if self.guest_loop is None:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.guest_loop))
+
+    def _spawn(self, work: Coroutine[Any, Any, bool]) -> None:
+        if self.guest_loop is not None:
+            asyncio.run_coroutine_threadsafe(work, self.guest_loop)
+            return
+        task: asyncio.Task[bool] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def pause(self, runtime: Path) -> None:
-        """Nothing runs here that could be paused."""
+        await self._faults.arrive("driver.pause")
+        self.standing.add(self._whose(runtime))
 
     async def resume(self, runtime: Path) -> None:
-        """See `pause`."""
+        await self._faults.arrive("driver.resume")
+        self.standing.discard(self._whose(runtime))
+
+    def _whose(self, runtime: Path) -> str:
+        return next(vm_id for vm_id in self._lives if vm_id.startswith(runtime.name))
 
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self.guests.values():
-            await guest.end()
+            await self._for_guest(guest.end())
         for fds in self._lives.values():
             for fd in fds:
                 os.close(fd)

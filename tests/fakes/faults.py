@@ -7,6 +7,7 @@ succeeds the next time unless the test ordered more.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 
 from banger.errors import BangerError
@@ -22,7 +23,7 @@ class Faults:
 
     def __init__(self) -> None:
         self._failures: dict[str, deque[BaseException | None]] = {}
-        self._hanging: dict[str, asyncio.Event] = {}
+        self._hanging: dict[str, asyncio.Event | threading.Event] = {}
         self.passed: list[str] = []
 
     def fail(
@@ -35,8 +36,13 @@ class Faults:
 
     def hang(self, point: str) -> asyncio.Event:
         """Let the next arrival wait until it is cancelled; the event is set when it is there."""
-        self._hanging[point] = asyncio.Event()
-        return self._hanging[point]
+        reached = self._hanging[point] = asyncio.Event()
+        return reached
+
+    def hang_elsewhere(self, point: str) -> threading.Event:
+        """As `hang`, where what hangs is in another thread's event loop."""
+        reached = self._hanging[point] = threading.Event()
+        return reached
 
     def clear(self) -> None:
         self._failures.clear()

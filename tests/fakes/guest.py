@@ -18,6 +18,7 @@ from banger.disk.cpio import read_members
 from banger.guest.config import CONFIG_MEMBER
 from banger.rpc.frames import FrameType, encode
 from banger.rpc.unix import short_path
+from fakes.guest_sessions import GuestSessions
 
 BOOT_ID = "11111111-2222-3333-4444-555555555555"
 # obeys: ends the machine. ignores: answers, then lives on. refuses: an error. absent: nobody
@@ -66,9 +67,11 @@ class FakeGuest:
     ) -> None:
         self.config = config
         self.shutdown: Shutdown = "obeys"
+        self.mute = False  # reads what it is asked, and closes without a word
         self.asked: list[str] = []
         self.received: list[tuple[dict[str, Any], bytes]] = []
         self.put_error: str | None = None
+        self.sessions = GuestSessions()
         self.answers: dict[str, dict[str, Any]] = {}  # method → reply, for what is not fixed here
         self._socket = runtime / "vsock.sock"
         self._power_off = power_off
@@ -97,6 +100,8 @@ class FakeGuest:
                 return
             writer.write(b"OK 1073741824\n")
             line = await reader.readline()
+            if self.mute:
+                return
             if line and json.loads(line)["method"] == "put":
                 await self._receive(json.loads(line), reader, writer)
             elif line:
@@ -152,6 +157,15 @@ class FakeGuest:
                 result = {}
             case _ if method in self.answers:
                 return self.answers[method]
+            case "stat":
+                result = {
+                    "kind": "directory",
+                    "path": request["params"]["path"],
+                    "size": 0,
+                    "mode": 0o755,
+                }
+            case _ if method.startswith("session."):
+                return self.sessions.answer(method.removeprefix("session."), request["params"])
             case _:
                 return {"error": {"code": "unknown_method", "message": method}}
         return {"result": result}

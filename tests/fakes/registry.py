@@ -54,6 +54,8 @@ class FakeRegistry:
     """Bearer tokens are demanded, and got here."""
     login: tuple[str, str] | None = None
     """The login that the token service, or without `realm` the registry itself, demands."""
+    gone: set[str] = field(default_factory=set)
+    """Blobs that it does not have (any more)."""
     hold: threading.Event | None = None
     """Blobs are held back in their middle until this is set."""
     holding: threading.Event = field(default_factory=threading.Event)
@@ -180,8 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, json.dumps({"token": TOKEN}).encode())
 
-    def _blob(self, digest: str, headers: dict[str, str]) -> None:
+    def _blob(self, name: str, headers: dict[str, str]) -> None:
         r = self.registry
+        digest = name.partition("?")[0]  # signed addresses have a query
+        if digest in r.gone:
+            self._send(404, b"{}")
+            return
         data = r.replaced.get(digest, r.blobs.get(digest, b""))
         start = 0
         if (wanted := headers.get("range")) and not r.no_ranges:

@@ -52,6 +52,8 @@ from fakes.host import NOBODY, ROOT, FakeHost
 
 DISK = 64 * MIB
 IMAGE_ID = "1" * 32
+# In memory where that is to be had: what is synced for the power's sake costs nothing there.
+MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 KERNEL = "fake-kernel"
 EMPTY: dict[str, list[str]] = {
     "leases": [], "processes": [], "sockets": [], "directories": [], "rows": [], "known_hosts": [],
@@ -95,10 +97,11 @@ class World:
         network: Literal["bridge", "user"] = "bridge",
         jailed: bool = False,
         templates: Path | None = None,
+        root: Path | None = None,
         **settings: Any,
     ) -> None:
         # Short, as sun_path is; of its own, as tests run beside each other.
-        self.root = Path(tempfile.mkdtemp(prefix="bw"))
+        self.root = Path(tempfile.mkdtemp(prefix="bw", dir=root or MEMORY))
         self.paths = Paths(
             state=self.root / "state",
             cache=self.root / "cache",
@@ -310,5 +313,5 @@ def make_templates(directory: Path) -> Path:
 
 def temporary_templates() -> Iterator[Path]:
     """For a session: `make_templates` in a directory of its own."""
-    with tempfile.TemporaryDirectory(prefix="bt") as directory:
+    with tempfile.TemporaryDirectory(prefix="bt", dir=MEMORY) as directory:
         yield make_templates(Path(directory))

@@ -12,7 +12,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from tests.smoke import guests
+from tests.smoke import events, guests
 from tests.smoke.calls import banger, expect, host
 from tests.smoke.census import STATE, dns_address, take_census
 from tests.smoke.events import emit
@@ -36,6 +36,8 @@ def main() -> int:
             names = next(words for line in port if (words := line.split()))
             if names == ["end"]:
                 return 0
+            if names[0] == "again":
+                events.before_the_cut, names = int(names[1]), names[2:]
             for each in choose(names):
                 before = _report(each, before)
 

@@ -17,24 +17,33 @@ step "host is up"
 modprobe kvm-amd
 venv=/home/dev/.venv
 
-step "installing the wheel"
-as_owner python3 -m venv --without-pip "$venv"
-# The distribution's own pip, from outside: putting one into the environment takes as long as a boot.
-pip=(/usr/share/python-wheels/pip-*.whl)
-as_owner python3 "${pip[0]}/pip" --python "$venv/bin/python" --disable-pip-version-check \
-    install --quiet --no-index --no-compile --find-links /payload/wheels banger-vm
+install_banger() {
+    step "installing the wheel"
+    as_owner python3 -m venv --without-pip "$venv"
+    # The distribution's own pip, from outside: putting one into the environment takes as long as a boot.
+    pip=(/usr/share/python-wheels/pip-*.whl)
+    as_owner python3 "${pip[0]}/pip" --python "$venv/bin/python" --disable-pip-version-check \
+        install --quiet --no-index --no-compile --find-links /payload/wheels banger-vm
 
-step "placing kernel, image and firecracker"
-install -d -o dev -g dev -m 0700 /var/lib/banger
-as_owner tar -C /var/lib/banger -xf /payload/state.tar
-install -m 0644 /payload/config.toml /etc/banger/config.toml
+    step "placing kernel, image and firecracker"
+    install -d -o dev -g dev -m 0700 /var/lib/banger
+    as_owner tar -C /var/lib/banger -xf /payload/state.tar
+    install -m 0644 /payload/config.toml /etc/banger/config.toml
 
-step "banger system install"
-"$venv/bin/banger" system install --owner dev || {
-    journalctl -q -o cat -u bangerd.service -u bangerd-root.service
-    exit 1
+    step "banger system install"
+    "$venv/bin/banger" system install --owner dev || {
+        journalctl -q -o cat -u bangerd.service -u bangerd-root.service
+        exit 1
+    }
+    as_owner /usr/local/bin/banger system status
 }
-as_owner /usr/local/bin/banger system status
+
+if [ -e /usr/local/bin/banger ]; then
+    step "the power was cut"
+    systemctl start bangerd-root.service bangerd.service
+else
+    install_banger
+fi
 
 step "scenarios"
 cd /payload

@@ -2,8 +2,9 @@
 
 The first port is the kernel's console; on the second the host tells what happens, asks for work
 with an event and gets a line with the names of the next scenarios, or `end` when there is no more;
-empty lines in between keep it awake. A machine belongs to the run: it ends with its thread, at the
-limit at the latest.
+empty lines in between keep it awake. A scenario may ask for the host's power to be cut: QEMU is
+killed and started anew on the same disk, and the host goes on with that scenario. A machine belongs
+to the run: it ends with its thread, at the limit at the latest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tests.smoke.report import HostLog
 
@@ -54,6 +55,8 @@ def qemu_command(image: HostImage, payload: Path, scratch: Path, console: Path) 
         "root=/dev/vda rootfstype=squashfs ro console=ttyS0 loglevel=5 systemd.show_status=0 "
         "mitigations=off panic=1",
         *("-drive", f"file={image.root},format=raw,if=virtio,readonly=on"),
+        # Unsafe when this machine loses its power, which is not what is tried. When QEMU is killed,
+        # what it had written is in our page cache, and what the host had not flushed is lost.
         *("-drive", f"file={scratch},format=raw,if=virtio,cache=unsafe,discard=unmap"),
         *("-drive", f"file={payload},format=raw,if=virtio,readonly=on"),
         *("-serial", f"file:{console}"),
@@ -85,8 +88,13 @@ class Machine(threading.Thread):
         self.frozen = False
         """Its processor stood still: what it had not finished says nothing of what is tested."""
         self._ended = threading.Event()
-        self._process = subprocess.Popen(
-            command,
+        self._stopped = False
+        self._command = command
+        self._process = self._boot()
+
+    def _boot(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,46 +104,72 @@ class Machine(threading.Thread):
 
     def stop(self) -> None:
         """End the host at once; its thread ends soon after."""
+        self._stopped = True
         self._process.kill()
+
+    def _listen(self, log: TextIO, given: list[str], *, again: str | None) -> bool | None:
+        """Hear a host out and hand it work; None when it wants its power cut, else whether it was
+        told that there is no more. `again`: what it is given first."""
+        released = cut = False
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                log.write(line)
+                log.flush()
+                wish = self._told.feed(line.rstrip("\r\n"))
+                if wish == "cut":
+                    cut = True
+                    self._process.kill()
+                elif wish == "want" and again is not None:
+                    self._write(again)
+                    again = None
+                elif wish == "want":
+                    unit = [each.name for each in self._deal.take()]
+                    given += unit
+                    released = not unit
+                    self._write(" ".join(unit) or "end")
+        return None if cut and not self._stopped else released
 
     def run(self) -> None:
         given: list[str] = []
-        released = False
+        released: bool | None = False
         deadline = threading.Timer(self._limit_s, self.stop)
         deadline.start()
         pulse = threading.Thread(target=self._keep_awake, daemon=True)
         pulse.start()
         try:
-            assert self._process.stdout is not None
-            with self._process.stdout as lines, self._log.open("w") as log:
-                for line in lines:
-                    log.write(line)
-                    log.flush()
-                    if self._told.feed(line.rstrip("\r\n")):
-                        unit = [each.name for each in self._deal.take()]
-                        given += unit
-                        released = not unit
-                        self._write(" ".join(unit) or "end")
+            with self._log.open("w") as log:
+                released = self._listen(log, given, again=None)
+                while released is None:
+                    self._give_up()
+                    self._process = self._boot()
+                    again = f"again {self._told.told} {self._told.running}"
+                    released = self._listen(log, given, again=again)
         finally:
             deadline.cancel()
             self._ended.set()
             pulse.join()
             self.stop()
-            self._process.wait()
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._give_up()
             unfinished = [name for name in given if name not in self._report.results]
             if self.frozen:
                 self._told.freeze(unfinished)
             else:
-                self._told.close(unfinished, released=released)
+                self._told.close(unfinished, released=bool(released))
+
+    def _give_up(self) -> None:
+        """QEMU has been killed: nothing of it stays."""
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _keep_awake(self) -> None:
         used, since = self._processor_ticks(), time.monotonic()
         while not self._ended.wait(min(_PULSE_S, self._patience_s / 4)):
             self._write("")
             now = self._processor_ticks()
-            if now - used >= _ALIVE_TICKS:
+            if now - used >= _ALIVE_TICKS or now < used:  # a host that was booted anew counts anew
                 used, since = now, time.monotonic()
             elif time.monotonic() - since > self._patience_s:
                 self.frozen = True
@@ -155,5 +189,5 @@ class Machine(threading.Thread):
         assert self._process.stdin is not None
         # Shorter than what a pipe takes at once, so lines of two threads do not mix. A host that
         # has ended meanwhile is told by the end of its output.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):
             os.write(self._process.stdin.fileno(), f"{line}\n".encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tools.steps import say
 
@@ -70,10 +70,13 @@ class HostLog:
         self._report = report
         self._number = number
         self._log: list[str] = []
-        self._running: str | None = None
+        self.running: str | None = None
+        """The scenario that has started and not ended."""
+        self.told = 0
+        """The last number of a scenario that wants the power cut."""
 
-    def feed(self, line: str) -> bool:
-        """Take one line; True when it asks for work."""
+    def feed(self, line: str) -> Literal["want", "cut"] | None:
+        """Take one line; what it asks for, if anything: work, or to cut the power."""
         if line.startswith("@step "):
             _, uptime, what = line.split(maxsplit=2)
             say(f"smoke: host {self._number}: {what} (at {float(uptime):.0f} s of the host)")
@@ -81,21 +84,26 @@ class HostLog:
             return self._event(json.loads(line.removeprefix("@event ")))
         else:
             self._log.append(line)
-        return False
+        return None
 
-    def _event(self, event: dict[str, Any]) -> bool:
+    def _event(self, event: dict[str, Any]) -> Literal["want", "cut"] | None:
         if "start" in event:
-            self._running = str(event["start"])
-            self._log.clear()
+            if self.running != event["start"]:  # else it goes on after the power was cut
+                self._log.clear()
+            self.running = str(event["start"])
         elif "end" in event:
-            self._running = None
+            self.running = None
             self._report.passed_or_failed(
                 str(event["end"]), str(event["result"]), event["seconds"], self._log
             )
             self._log.clear()
         elif "figures" in event:
             self._report.measured(event["figures"])
-        return "want" in event
+        elif "told" in event:
+            self.told = int(event["told"])
+        elif "cut" in event:
+            return "cut"
+        return "want" if "want" in event else None
 
     def freeze(self, unfinished: list[str]) -> None:
         """The emulated processor stood still, and the host was ended."""
@@ -108,7 +116,7 @@ class HostLog:
         `unfinished` is what it was given and has not told the end of; `released`: it was told that
         there is no more.
         """
-        if self._running is not None or unfinished:
-            self._report.lost(self._running or unfinished[0], self._log)
+        if self.running is not None or unfinished:
+            self._report.lost(self.running or unfinished[0], self._log)
         elif not released:
             self._report.lost(f"host-{self._number}", self._log)

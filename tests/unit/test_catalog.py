@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from banger import zstd
 from banger.catalog import bundle as bundle_module
 from banger.catalog.bundle import BadBundle, unpack_bundle, write_bundle
 from banger.catalog.index import (
@@ -33,7 +34,6 @@ from banger.catalog.published import Published, fetch_bundle, read_index
 from banger.disk.background import Job
 from banger.errors import BangerError
 from banger.files import sha256_file
-from banger.kernel.compression import zstd
 from banger.units import TIB
 from fakes.signing import make_key
 from fakes.web import Web, serving

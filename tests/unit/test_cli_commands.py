@@ -19,7 +19,7 @@ import pytest
 
 from banger.api import params as p
 from banger.api import results as r
-from banger.api.records import VmRecord
+from banger.api.records import ImageRecord, VmRecord
 from banger.errors import BangerError
 from banger.process import read_stat
 from banger.rpc.server import Call
@@ -74,6 +74,58 @@ def serve(cli: CommandLine) -> Iterator[Serve]:
         )
 
 
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "in_use", "line"),
+    [
+        (True, 0, "would free 1536M in 12 blobs of /c/oci (limit 10G)\n"),
+        (False, 2, "freed 1536M in 12 blobs of /c/oci (limit 10G; 2 more, 4M, are in use)\n"),
+    ],
+)
+def test_prune_says_what_goes_what_stays_and_the_limit(
+    cli: CommandLine, serve: Serve, dry_run: bool, in_use: int, line: str
+) -> None:
+    answer = r.PrunedCache(
+        blobs=12,
+        bytes=3 << 29,
+        in_use_blobs=in_use,
+        in_use_bytes=4 << 20,
+        limit_bytes=10 << 30,
+        directory="/c/oci",
+        dry_run=dry_run,
+    )
+    daemon = serve(image__cache__prune=lambda _: answer)
+    words = ["image", "cache", "prune", *(["--dry-run"] if dry_run else [])]
+    assert cli(*words).out == line
+    assert daemon.asked[0][1].dry_run == dry_run
+    assert json.loads(cli(*words, "--json").out)["limit_bytes"] == 10 << 30
+
+
+def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
+    good = ImageRecord(
+        id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
+        rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
+    )  # fmt: skip
+
+    def verify(params: p.NameRef) -> ImageRecord:
+        if params.name == "bad":
+            raise BangerError(
+                "operation_failed",
+                "image bad is not what was stored: rootfs.sqfs: sha256",
+                hint="banger image delete bad",
+                reason="files_changed",
+            )
+        return good
+
+    serve(image__verify=verify)
+    done = cli("image", "verify", "bad", "good")
+    assert (done.status, done.out) == (1, "good ok\n")
+    assert "image bad is not what was stored: rootfs.sqfs: sha256" in done.err
+    assert "hint: banger image delete bad" in done.err
+
+
 # --- looking --------------------------------------------------------------------------------------
 
 
@@ -87,6 +139,22 @@ def test_list_is_a_table_with_the_facts_of_each_vm(cli: CommandLine, serve: Serv
     ]  # fmt: skip
     assert db.split()[:4] == ["db", "stopped", "debian", "-"]
     assert done.err == ""
+
+
+def test_list_says_why_a_vm_stands_still_and_what_the_disk_lacks(
+    cli: CommandLine, serve: Serve
+) -> None:
+    full = "/state has 1.2G free, less than the 2G that are kept in reserve (disk_reserve)"
+    vms = [named("db", warning=full), named("web", paused="/state has 100M free", warning=full)]
+    serve(vm__list=lambda _: vms)
+    done = cli("vm", "list")
+    assert [line.split()[1:3] for line in done.out.splitlines()[1:]] == [
+        ["running", "debian"], ["running", "(paused)"],
+    ]  # fmt: skip
+    assert done.err == (
+        "banger: warning: VM web is paused: /state has 100M free\n"
+        f"banger: warning: {full}\nhint: banger vm prune\n"
+    )
 
 
 def test_ps_is_list(cli: CommandLine, serve: Serve) -> None:
@@ -203,7 +271,7 @@ def test_daemon_that_dies_while_it_answers_is_told_from_a_failure(
     serve(vm__stop=die)
     done = cli("vm", "stop", "web")
     assert done.status == 1
-    assert "whether it was carried out is unknown" in done.err
+    assert "may or may not have been stopped" in done.err
 
 
 # --- several at once ------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def test_error_for_programs_is_an_object_on_stdout(capsys: pytest.CaptureFixture
             "hint": "banger vm list",
             "op_id": "op-3f9c2a",
             "reason": "gone",
+            "outcome": "failed",
         }
     }
 

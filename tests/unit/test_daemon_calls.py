@@ -23,6 +23,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.config.settings import Settings
+from banger.daemon import clock
 from banger.daemon import daemon as daemon_module
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
@@ -401,10 +402,33 @@ async def test_rollback_is_finished_before_the_daemon_ends(banger: Running) -> N
     channel.close()
 
 
+async def test_touched_vm_counts_as_used(banger: Running) -> None:
+    vm = await banger.create()
+    banger.world.store.update(vm.id, touched_at="2026-01-01T00:00:00.000Z")
+    touched = await banger.call("vm.touch", p.VmRef(vm="web"), VmRecord)
+    assert touched.touched_at >= vm.touched_at
+
+
+async def test_guests_know_the_time_before_a_request_is_answered(
+    banger: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await banger.create()
+    guest = banger.world.driver.guests[vm.id]
+    guest.answers["time"] = {"result": {}}
+    awake = clock.read_clocks()
+    slept = msgspec.structs.replace(awake, boottime_s=awake.boottime_s + 9000)
+    monkeypatch.setattr(banger.daemon.sweeps, "_read_clocks", lambda: slept)
+    guest.asked.clear()
+    await banger.call("vm.health", p.VmRef(vm="web"))
+    assert [m for m in guest.asked if m != "stats"] == ["time", "health"]
+
+
 async def test_idle_daemon_does_nothing(banger: Running) -> None:
-    """No timer: with nothing to serve, the loop is not woken."""
+    """No timer: with nothing to serve and no VM that runs, the loop is not woken."""
     await banger.create()
-    await asyncio.sleep(0)
+    await banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted)
+    for _ in range(100):  # what ends has its turns; a sleep of some time would be a timer itself
+        await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
     assert [h for h in loop._scheduled if not h.cancelled()] == []  # type: ignore[attr-defined]  # of asyncio's base loop
 

@@ -12,8 +12,8 @@ import pytest
 from banger.disk.artefacts import built_artefacts, inputs_key
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, check_identity, identify
-from banger.disk.space import explain_disk_full, require_space
-from banger.errors import BangerError
+from banger.disk.space import require_space
+from banger.errors import BangerError, explain_disk_full
 from banger.units import TIB
 
 

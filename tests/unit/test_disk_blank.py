@@ -138,3 +138,30 @@ def test_disks_neither_shrink_nor_grow_beyond_the_limit(tmp_path: Path, size: in
         extend_disk(disk, size)
     assert caught.value.code == "bad_request"
     assert disk.stat().st_size == 8192
+
+
+def test_a_vm_has_little_of_its_own_before_it_writes(paths: Paths, tmp_path: Path) -> None:
+    """Both disks together, on a filesystem that shares no blocks."""
+    sizes = []
+    for role in ("overlay", "work"):
+        disk = tmp_path / role
+        write_blank_disk(paths, role, 8 * GIB, disk)  # type: ignore[arg-type] # literals
+        sizes.append(disk.stat().st_blocks * 512)
+    assert sum(sizes) <= MIB, sizes
+
+
+@needs_e2fsprogs
+@pytest.mark.skipif(
+    shutil.which("resize2fs", path="/usr/sbin:/sbin") is None, reason="no resize2fs"
+)
+def test_a_disk_can_grow_to_the_largest_size_without_moving_anything(
+    paths: Paths, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    write_blank_disk(paths, "work", 256 * MIB, disk)
+    extend_disk(disk, 128 * GIB)
+    subprocess.run(["/usr/sbin/resize2fs", "-f", disk], check=True, capture_output=True)
+    facts = describe(disk)
+    assert int(facts["Block count"]) * int(facts["Block size"]) == 128 * GIB
+    assert "meta_bg" not in facts["Filesystem features"]
+    subprocess.run(["/usr/sbin/e2fsck", "-fn", disk], check=True, capture_output=True)

@@ -12,6 +12,7 @@ from banger.api.doctor import HelperFacts
 from banger.config.system_paths import SystemPaths
 from banger.doctor import host
 from banger.doctor import vmm as vmm_checks
+from banger.kernel.build_tools import BUILD_TOOLS
 from banger.vmm.kvm_probe import Problem
 from banger.vmm.programs import Program
 from fakes.doctor import FakeWorld, verdict
@@ -289,7 +290,16 @@ def test_apparmors_restriction_is_a_warning_with_its_sysctl(tmp_path: Path) -> N
     assert command == "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0"
 
 
+def build_tools(world: FakeWorld) -> None:
+    for tool in BUILD_TOOLS:
+        if "/" in tool.name:
+            world.have(tool.name)
+        else:
+            world.says(tool.name, out="")
+
+
 def all_tools(world: FakeWorld) -> None:
+    build_tools(world)
     for tool in host.TOOLS:
         world.says(tool.name, out="")
     world.says("sqfstar", "-version", out="sqfstar version 4.5.1 (2022/03/17)\n")
@@ -316,6 +326,18 @@ def test_a_tool_of_one_command_is_a_warning(world: FakeWorld, name: str) -> None
     all_tools(world)
     del world.programs[name]
     assert world.row("host tools").level == "WARN"
+
+
+def test_what_only_a_kernel_build_needs_is_no_warning(world: FakeWorld) -> None:
+    all_tools(world)
+    assert world.row("host tools").details == ()
+    del world.programs["flex"]
+    world.file("/usr/include/libelf.h").unlink()
+    row = world.row("host tools")
+    assert row.level == "PASS"
+    assert row.details == (
+        "kernel build would need flex, /usr/include/libelf.h: sudo apt-get install flex libelf-dev",
+    )
 
 
 def test_packages_are_named_as_the_hosts_own_manager_knows_them(world: FakeWorld) -> None:

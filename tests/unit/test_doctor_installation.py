@@ -23,6 +23,7 @@ from banger.doctor.table import CHECKS
 from banger.doctor.trust import distrust
 from banger.doctor.world import DaemonLook
 from banger.image.entries import ImageManifest, write_manifest
+from banger.kernel.build_tools import BUILD_TOOLS
 from banger.kernel.entries import KernelManifest
 from banger.kernel.entries import write_manifest as write_kernel_manifest
 from banger.ssh.client_config import edit_block
@@ -309,6 +310,22 @@ def test_the_default_kernel_is_here_or_in_the_catalog(world: FakeWorld) -> None:
     world.set_settings(default_kernel_ref="nonsense")
     row = world.row("default kernel")
     assert (row.level, row.command) == ("FAIL", "banger kernel list --available")
+
+
+def test_a_default_kernel_that_must_be_built_needs_the_tools_for_it(world: FakeWorld) -> None:
+    world.set_settings(default_kernel_ref="generic-6.12")
+    row = world.row("default kernel")
+    assert row.level == "FAIL"
+    assert "gcc, /usr/include/stdlib.h, ld, make, flex" in row.message
+    assert row.command is not None
+    assert row.command.startswith("sudo apt-get install gcc libc6-dev binutils make flex")
+    for tool in BUILD_TOOLS:
+        if "/" in tool.name:
+            world.have(tool.name)
+        else:
+            world.says(tool.name, out="")
+    row = world.row("default kernel")
+    assert (row.level, row.command) == ("WARN", "banger kernel build generic-6.12")
 
 
 def test_a_kernel_without_one_of_its_files_fails(world: FakeWorld) -> None:

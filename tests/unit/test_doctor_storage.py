@@ -220,7 +220,7 @@ def test_caches_are_counted_by_kind_and_links_once(world: FakeWorld) -> None:
     blob.parent.mkdir()
     blob.write_bytes(b"x" * (1 << 20))
     row = world.row("cache")
-    assert row.details == ("images: 2M", "cache of oci: 1M")
+    assert row.details == ("images: 2M", "cache of oci: 1M, at most 10G of layers")
     assert row.message.startswith("3M in ")
 
 

@@ -5,98 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-import threading
 from pathlib import Path
 
 import pytest
 
-from banger.api.records import KernelRecord
-from banger.config.paths import Paths
-from banger.disk.background import Job
 from banger.disk.cpio import read_members
 from banger.errors import BangerError
 from banger.kernel import (
-    apt,
     check_kernel_files,
     delete_kernel,
     ensure_base_initrd,
     find_kernel,
     get_kernel,
     list_kernels,
-    pull,
     pull_kernel,
     verify_kernel,
 )
-from banger.kernel.base_initrd import build_module_members, write_members
 from banger.progress import Silent
 from banger.units import TIB
-
-NAME = "debian-6.12-cloud"
-
-
-class World:
-    """An agent, and packages that a fake apt hands out. Counts the downloads."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.paths = Paths(
-            state=tmp_path / "state",
-            cache=tmp_path / "cache",
-            runtime=tmp_path / "run",
-            config_file=tmp_path / "config.toml",
-        )
-        self.agent = tmp_path / "agent"
-        self.agent.write_bytes(b"agent 1")
-        self.version = "6.12.1-1"
-        self.downloads = 0
-        self.hold = threading.Event()
-        self.hold.set()
-        self.arrived = threading.Event()
-        self.fail: Exception | None = None
-        monkeypatch.setattr(pull, "agent_binary", lambda arch: self.agent)
-        monkeypatch.setattr(apt, "find_newest", self._find)
-        monkeypatch.setattr(apt, "download", self._download)
-        monkeypatch.setattr(pull, "build_entry_files", self._build)
-
-    def _find(self, *args: object, **options: object) -> apt.KernelPackage:
-        return apt.KernelPackage(name="linux", version=self.version, sha256="aa", size_bytes=1)
-
-    def _download(self, package: apt.KernelPackage, directory: Path, *, job: Job) -> Path:
-        self.downloads += 1
-        self.arrived.set()
-        while not self.hold.wait(0.01):
-            job.check()
-        return directory / "linux.deb"
-
-    def _build(self, package: Path, target: Path, *, job: Job) -> None:
-        (target / "vmlinux").write_text(f"kernel {self.version}")
-        if self.fail:
-            raise self.fail
-        (target / "modules.sqfs").write_text("modules")
-        (target / "release").write_text("6.12.1-cloud")
-        write_members(target / "boot-modules.cpio", build_module_members({"a.ko": b"A"}))
-
-    async def pull(self, *, force: bool = False, reserve_bytes: int = 0) -> KernelRecord:
-        return await pull_kernel(
-            self.paths, NAME, reporter=Silent(), force=force, reserve_bytes=reserve_bytes
-        )
-
-    def left_behind(self) -> list[str]:
-        return [
-            str(path)
-            for root in (self.paths.kernels, self.paths.build_cache / "kernels" / NAME)
-            if root.exists()
-            for path in root.iterdir()
-            if not path.name.endswith("lock")
-        ]
+from fakes.kernel_pull import NAME, KernelWorld
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(tmp_path, monkeypatch)
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelWorld:
+    return KernelWorld(tmp_path, monkeypatch)
 
 
 @pytest.mark.asyncio
-async def test_a_pulled_kernel_is_complete_and_read_only(world: World) -> None:
+async def test_a_pulled_kernel_is_complete_and_read_only(world: KernelWorld) -> None:
     record = await world.pull()
     assert record == get_kernel(world.paths, NAME)
     assert (record.release, record.kernel_version) == ("6.12.1-cloud", "6.12.1-1")
@@ -109,7 +45,7 @@ async def test_a_pulled_kernel_is_complete_and_read_only(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_kernel_that_is_here_is_pulled_again_only_by_force(world: World) -> None:
+async def test_a_kernel_that_is_here_is_pulled_again_only_by_force(world: KernelWorld) -> None:
     await world.pull()
     with pytest.raises(BangerError) as caught:
         await world.pull()
@@ -120,7 +56,7 @@ async def test_a_kernel_that_is_here_is_pulled_again_only_by_force(world: World)
 
 
 @pytest.mark.asyncio
-async def test_the_same_package_is_downloaded_once(world: World) -> None:
+async def test_the_same_package_is_downloaded_once(world: KernelWorld) -> None:
     await world.pull()
     delete_kernel(world.paths, NAME)
     await world.pull()
@@ -128,7 +64,7 @@ async def test_the_same_package_is_downloaded_once(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_two_pulls_at_once_do_the_work_once_and_both_succeed(world: World) -> None:
+async def test_two_pulls_at_once_do_the_work_once_and_both_succeed(world: KernelWorld) -> None:
     world.hold.clear()
     tasks = [asyncio.create_task(world.pull()) for _ in range(3)]
     await asyncio.to_thread(world.arrived.wait, 10)
@@ -139,7 +75,7 @@ async def test_two_pulls_at_once_do_the_work_once_and_both_succeed(world: World)
 
 
 @pytest.mark.asyncio
-async def test_a_cancelled_pull_leaves_nothing(world: World) -> None:
+async def test_a_cancelled_pull_leaves_nothing(world: KernelWorld) -> None:
     world.hold.clear()
     task = asyncio.create_task(world.pull())
     await asyncio.to_thread(world.arrived.wait, 10)
@@ -150,7 +86,7 @@ async def test_a_cancelled_pull_leaves_nothing(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_peer_behind_a_cancelled_pull_does_the_work_itself(world: World) -> None:
+async def test_a_peer_behind_a_cancelled_pull_does_the_work_itself(world: KernelWorld) -> None:
     world.hold.clear()
     first = asyncio.create_task(world.pull())
     await asyncio.to_thread(world.arrived.wait, 10)
@@ -163,7 +99,7 @@ async def test_a_peer_behind_a_cancelled_pull_does_the_work_itself(world: World)
 
 
 @pytest.mark.asyncio
-async def test_a_failed_pull_leaves_nothing(world: World) -> None:
+async def test_a_failed_pull_leaves_nothing(world: KernelWorld) -> None:
     world.fail = BangerError("operation_failed", "the package is damaged")
     with pytest.raises(BangerError, match="damaged"):
         await world.pull()
@@ -171,7 +107,7 @@ async def test_a_failed_pull_leaves_nothing(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_pull_that_would_fill_the_disk_downloads_nothing(world: World) -> None:
+async def test_a_pull_that_would_fill_the_disk_downloads_nothing(world: KernelWorld) -> None:
     with pytest.raises(BangerError) as caught:
         await world.pull(reserve_bytes=900 * TIB)
     assert caught.value.reason == "disk_full"
@@ -179,7 +115,7 @@ async def test_a_pull_that_would_fill_the_disk_downloads_nothing(world: World) -
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_name_is_not_found(world: World) -> None:
+async def test_an_unknown_name_is_not_found(world: KernelWorld) -> None:
     with pytest.raises(BangerError) as caught:
         await pull_kernel(world.paths, "no-such", reporter=Silent())
     assert caught.value.code == "not_found"
@@ -187,7 +123,7 @@ async def test_an_unknown_name_is_not_found(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_another_agent_is_put_into_the_base_initrd(world: World) -> None:
+async def test_another_agent_is_put_into_the_base_initrd(world: KernelWorld) -> None:
     before = await world.pull()
     world.agent.write_bytes(b"agent 2")
     after = ensure_base_initrd(world.paths, before)
@@ -201,7 +137,7 @@ async def test_another_agent_is_put_into_the_base_initrd(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_the_same_agent_leaves_the_base_initrd_alone(world: World) -> None:
+async def test_the_same_agent_leaves_the_base_initrd_alone(world: KernelWorld) -> None:
     record = await world.pull()
     before = Path(record.initrd).stat().st_ino
     assert ensure_base_initrd(world.paths, record) == record
@@ -209,7 +145,7 @@ async def test_the_same_agent_leaves_the_base_initrd_alone(world: World) -> None
 
 
 @pytest.mark.asyncio
-async def test_a_changed_file_stops_a_start_and_is_named(world: World) -> None:
+async def test_a_changed_file_stops_a_start_and_is_named(world: KernelWorld) -> None:
     record = await world.pull()
     modules = Path(record.modules)
     modules.chmod(0o644)
@@ -222,14 +158,14 @@ async def test_a_changed_file_stops_a_start_and_is_named(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_copied_state_directory_with_new_times_still_starts(world: World) -> None:
+async def test_a_copied_state_directory_with_new_times_still_starts(world: KernelWorld) -> None:
     record = await world.pull()
     os.utime(record.modules)
     check_kernel_files(record)
 
 
 @pytest.mark.asyncio
-async def test_a_deleted_kernel_is_gone(world: World) -> None:
+async def test_a_deleted_kernel_is_gone(world: KernelWorld) -> None:
     await world.pull()
     assert [record.name for record in list_kernels(world.paths)] == [NAME]
     delete_kernel(world.paths, NAME)
@@ -237,7 +173,7 @@ async def test_a_deleted_kernel_is_gone(world: World) -> None:
     assert list_kernels(world.paths) == ()
 
 
-def test_a_missing_kernel_is_not_found_with_the_way_to_it(world: World) -> None:
+def test_a_missing_kernel_is_not_found_with_the_way_to_it(world: KernelWorld) -> None:
     for action in (get_kernel, delete_kernel):
         with pytest.raises(BangerError) as caught:
             action(world.paths, NAME)
@@ -245,7 +181,9 @@ def test_a_missing_kernel_is_not_found_with_the_way_to_it(world: World) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_manifest_that_cannot_be_read_is_an_error_not_an_absence(world: World) -> None:
+async def test_a_manifest_that_cannot_be_read_is_an_error_not_an_absence(
+    world: KernelWorld,
+) -> None:
     record = await world.pull()
     manifest = Path(record.directory) / "manifest.json"
     manifest.chmod(0o644)
@@ -255,7 +193,7 @@ async def test_a_manifest_that_cannot_be_read_is_an_error_not_an_absence(world: 
 
 
 @pytest.mark.parametrize("name", ["../images", ".lock", "", "a/b"])
-def test_a_name_that_climbs_is_refused(world: World, name: str) -> None:
+def test_a_name_that_climbs_is_refused(world: KernelWorld, name: str) -> None:
     with pytest.raises(BangerError) as caught:
         find_kernel(world.paths, name)
     assert caught.value.code == "bad_request"

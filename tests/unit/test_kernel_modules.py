@@ -15,7 +15,11 @@ from banger.kernel.base_initrd import (
     write_members,
 )
 from banger.kernel.modules import read_load_order
-from banger.kernel.requirements import BOOT_MODULES, find_missing_options
+from banger.kernel.requirements import (
+    BOOT_MODULES,
+    find_missing_container_options,
+    find_missing_options,
+)
 
 DEP = """\
 kernel/net/core/failover.ko:
@@ -29,14 +33,14 @@ GOOD_CONFIG = "\n".join(
         f"CONFIG_{option}=y"
         for option in (
             "PCI ACPI BLK_DEV_INITRD DEVTMPFS TMPFS UNIX INET SERIAL_8250_CONSOLE SQUASHFS_LZ4 "
-            "SQUASHFS_XATTR CGROUPS NAMESPACES NETFILTER PACKET EXT4_FS"
+            "SQUASHFS_XATTR CGROUPS NAMESPACES NETFILTER PACKET EXT4_FS PCI_MMCONFIG"
         ).split()
     ]
     + [
         f"CONFIG_{option}=m"
         for option in (
             "VIRTIO_MMIO VIRTIO_BLK VIRTIO_NET VSOCKETS VIRTIO_VSOCKETS OVERLAY_FS SQUASHFS BRIDGE "
-            "VETH NF_TABLES"
+            "VETH NF_TABLES VMGENID"
         ).split()
     ]
 )
@@ -78,10 +82,27 @@ def test_a_complete_config_lacks_nothing() -> None:
     assert find_missing_options(GOOD_CONFIG) == ()
 
 
-@pytest.mark.parametrize("option", ["PCI", "ACPI", "SERIAL_8250_CONSOLE", "SQUASHFS_LZ4"])
+@pytest.mark.parametrize(
+    "option", ["PCI", "PCI_MMCONFIG", "ACPI", "SERIAL_8250_CONSOLE", "SQUASHFS_LZ4"]
+)
 def test_a_kernel_whose_console_or_image_would_be_dead_is_found_out(option: str) -> None:
     config = GOOD_CONFIG.replace(f"CONFIG_{option}=y", f"# CONFIG_{option} is not set")
     assert find_missing_options(config) == (f"CONFIG_{option}=y",)
+
+
+def test_a_kernel_that_would_not_know_a_restored_snapshot_is_found_out() -> None:
+    config = GOOD_CONFIG.replace("CONFIG_VMGENID=m\n", "").removesuffix("\nCONFIG_VMGENID=m")
+    assert find_missing_options(config) == ("CONFIG_VMGENID=y|m",)
+
+
+def test_what_containers_miss_is_told_apart_from_what_a_boot_needs() -> None:
+    containers = "\n".join(
+        option.replace("=y|m", "=m") for option in find_missing_container_options("")
+    )
+    assert find_missing_container_options(containers) == ()
+    lacking = containers.replace("CONFIG_MEMCG=y", "").replace("CONFIG_NFT_MASQ=m", "")
+    assert find_missing_container_options(lacking) == ("CONFIG_MEMCG=y", "CONFIG_NFT_MASQ=y|m")
+    assert find_missing_options(f"{GOOD_CONFIG}\n{lacking}") == ()
 
 
 def test_the_base_initrd_lists_its_modules_in_load_order(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.kernel.compression import zstd
+from banger import zstd
 from banger.kernel.deb import open_package_data
 from banger.kernel.vmlinux import extract_vmlinux
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from banger.errors import BangerError
 from banger.names import check_entry_name, check_vm_name, generate_vm_name
-from banger.units import format_size, parse_duration, parse_size
+from banger.units import format_duration, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,11 @@ def test_a_whole_size_is_written_as_it_is_read(number: int, letter: str) -> None
 )
 def test_durations_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10s", "5m", "1h30m", "1h1s", "24h", "0s"])
+def test_a_duration_is_written_as_it_is_read(text: str) -> None:
+    assert format_duration(parse_duration(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "10", "s", "1d", "m5"])

@@ -90,9 +90,113 @@ def test_an_archive_that_is_compressed_as_a_whole_is_unpacked_for_the_time(tmp_p
     plain = saved(tmp_path / "s.tar")
     packed = tmp_path / "s.tar.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    with unpacked_archive(packed, tmp_path / "scratch", work=Job()) as path:
+    with unpacked_archive(packed, tmp_path / "scratch", "x", work=Job()) as path:
         assert read_docker_archive(path, "v1").layers
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def _tar(path: Path, *members: tuple[str, bytes | tuple[bytes, str]]) -> Path:
+    """A tar of files, and of links where a member is (type, target)."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+_ONE = layer_tar([Entry("a", content=b"1")])
+_CONFIG = json.dumps(
+    {"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": [sha256(_ONE)]}}
+).encode()
+
+
+def _manifest(layer: str, config: str = "c.json") -> tuple[str, bytes]:
+    document = [{"Config": config, "RepoTags": None, "Layers": [layer]}]
+    return "manifest.json", json.dumps(document).encode()
+
+
+_LONG = "d/" * 60 + "layer.tar"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([_manifest("l.tar"), ("c.json", _CONFIG), ("l.tar", _ONE)], id="first"),
+        pytest.param(
+            [("./c.json", _CONFIG), ("./l.tar", _ONE), ("./manifest.json", _manifest("l.tar")[1])],
+            id="dot names",
+        ),
+        pytest.param(
+            [
+                ("x/layer.tar", _ONE),
+                ("y/layer.tar", (tarfile.LNKTYPE, "x/layer.tar")),
+                ("c.json", _CONFIG),
+                _manifest("y/layer.tar"),
+            ],
+            id="hard link",
+        ),
+        pytest.param([(_LONG, _ONE), ("c.json", _CONFIG), _manifest(_LONG)], id="GNU long name"),
+        pytest.param(
+            [("l.tar", gzip.compress(_ONE)), ("c.json", _CONFIG), _manifest("l.tar")],
+            id="compressed layer",
+        ),
+        pytest.param(
+            [("l.tar", b"old"), ("l.tar", _ONE), ("c.json", _CONFIG), _manifest("l.tar")],
+            id="written twice",
+        ),
+        pytest.param(
+            # Docker 25 and later: a layout too, whose blobs the old documents name.
+            [
+                ("oci-layout", b'{"imageLayoutVersion": "1.0.0"}'),
+                ("index.json", b'{"schemaVersion": 2, "manifests": []}'),
+                ("blobs/", (tarfile.DIRTYPE, "")),
+                ("blobs/sha256/c", _CONFIG),
+                ("blobs/sha256/l", _ONE),
+                _manifest("blobs/sha256/l", "blobs/sha256/c"),
+                ("repositories", b"{}"),
+            ],
+            id="with blobs",
+        ),
+    ],
+)
+def test_saved_images_of_all_shapes_are_read(
+    tmp_path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]
+) -> None:
+    check(read_docker_archive(_tar(tmp_path / "s.tar", *members), None))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("c.json", _CONFIG), _manifest("l.tar")], "no l.tar"),
+        ([("l.tar", (tarfile.SYMTYPE, "../../etc/passwd")), ("c.json", _CONFIG),
+          _manifest("l.tar")], "no l.tar"),
+        ([("l.tar", (tarfile.SYMTYPE, "l.tar")), ("c.json", _CONFIG), _manifest("l.tar")],
+         "no l.tar"),
+        ([("l.tar", (tarfile.FIFOTYPE, "")), ("c.json", _CONFIG), _manifest("l.tar")], "no l.tar"),
+        ([("l.tar", _ONE), ("c.json", _CONFIG), _manifest("l.tar", "/etc/passwd")], "no /etc"),
+        ([("l.tar", _ONE + b"\0" * 512), ("c.json", _CONFIG), _manifest("l.tar")], "digest"),
+        ([("manifest.json", b"[" * 9999)], "manifest.json"),
+        ([("manifest.json", b"[]")], "no image"),
+    ],
+)  # fmt: skip
+def test_saved_images_that_are_none_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]], words: str
+) -> None:
+    with pytest.raises(BangerError, match=words):
+        check(read_docker_archive(_tar(tmp_path / "s.tar", *members), None))
+
+
+def test_an_image_without_any_layer_may_say_null(tmp_path: Path) -> None:
+    config = b'{"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": null}}'
+    document = b'[{"Config": "c.json", "RepoTags": null, "Layers": null}]'
+    path = _tar(tmp_path / "s.tar", ("c.json", config), ("manifest.json", document))
+    assert read_docker_archive(path, None).layers == ()
 
 
 def test_one_of_several_images_is_chosen_by_its_tag(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Images that other tools made and stored, pulled by us and compared with what those tools unpack.
 
-A real docker-registry on loopback, umoci and skopeo as makers, umoci as the judge of the tree.
+A real docker-registry on loopback, umoci, skopeo and buildah as makers, umoci as the judge of the
+tree.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import socket
@@ -18,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from banger.disk.background import Job
+from banger.errors import BangerError
+from banger.oci.documents import guest_config
 from banger.oci.layout import read_docker_archive, read_layout
 from banger.oci.reference import RegistryReference, parse_reference
 from banger.oci.registry import RegistrySource
@@ -78,17 +83,16 @@ def judged(
     return dict(describe(umoci_unpack(layout, tmp_path_factory.mktemp("judge") / "b", "v1")))
 
 
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a docker-registry on a free loopback port."""
-    root = tmp_path_factory.mktemp("registry")
+@contextlib.contextmanager
+def running_registry(root: Path, settings: str = "") -> Iterator[str]:
+    """The address of a docker-registry on a free loopback port, until the block is left."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{s.getsockname()[1]}"
     config = root / "config.yml"
     config.write_text(
         f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}}}}}\n"
-        f"http: {{addr: '{host}'}}\n"
+        f"http: {{addr: '{host}'}}\n{settings}"
     )
     with (root / "log").open("wb") as log:
         server = subprocess.Popen(["docker-registry", "serve", config], stdout=log, stderr=log)
@@ -99,6 +103,9 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             try:
                 urllib.request.urlopen(f"http://{host}/v2/", timeout=10).close()
                 break
+            except urllib.error.HTTPError as e:
+                e.close()
+                break  # it wants a login
             except urllib.error.URLError:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)  # it tells nobody when it listens
@@ -106,6 +113,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
 
 
 @pytest.mark.parametrize("form", ["oci", "v2s2"])
@@ -149,3 +162,97 @@ def test_what_docker_save_would_write_is_the_same_image(
     image = read_docker_archive(archive, "v1")
     squash_image(image, tmp_path / "x.sqfs")
     assert describe(unsquash(tmp_path / "x.sqfs", tmp_path / "tree")) == judged
+
+
+# "secret", by bcrypt, which is all that this registry takes.
+HTPASSWD = "user:$2y$05$0BF6WcDvIBmdOjAdaBXzWeKmeTz/cOD5BE5XCANlx0Z0HQfBdofEy\n"
+
+
+def test_a_registry_that_wants_a_login_gets_that_of_the_credential_helper(
+    tmp_path: Path, layout: Path, judged: dict[bytes, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = tmp_path / "htpasswd"
+    users.write_text(HTPASSWD)
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text(
+        "#!/bin/sh\nread -r host\n"
+        'echo "{\\"ServerURL\\":\\"$host\\",\\"Username\\":\\"user\\",\\"Secret\\":\\"secret\\"}"\n'
+    )
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    settings = f"auth: {{htpasswd: {{realm: test, path: {users}}}}}\n"
+    (tmp_path / "registry").mkdir()
+    with running_registry(tmp_path / "registry", settings) as host:
+        name = f"{host}/private/app:v1"
+        tool("skopeo", "copy", "--dest-tls-verify=false", "--dest-creds", "user:secret",
+             f"oci:{layout}:v1", f"docker://{name}")  # fmt: skip
+        reference = parse_reference(name)
+        assert isinstance(reference, RegistryReference)
+        config = tmp_path / "config.json"
+        blobs = tmp_path / "cache" / "blobs" / "sha256"
+
+        def pull() -> None:
+            with RegistrySource(reference, blobs=blobs, work=Job(), docker_config=config) as source:
+                squash_image(source.fetch(), tmp_path / "x.sqfs")
+
+        with pytest.raises(BangerError) as caught:
+            pull()
+        assert caught.value.code == "unauthorized"
+        config.write_text(json.dumps({"credHelpers": {host: "test"}}))
+        pull()
+    assert describe(unsquash(tmp_path / "x.sqfs", tmp_path / "tree")) == judged
+
+
+@pytest.mark.skipif(shutil.which("buildah") is None, reason="not installed: buildah")
+@pytest.mark.parametrize("form", ["oci", "docker"])
+def test_what_buildah_made_is_pulled_as_umoci_unpacks_it(
+    tmp_path: Path, registry: str, form: str
+) -> None:
+    store = ("--storage-driver", "vfs", "--root", tmp_path / "s", "--runroot", tmp_path / "r")
+
+    def buildah(*words: str | Path) -> None:
+        tool("buildah", *store, *words)
+
+    source = tmp_path / "files"
+    (source / "bin").mkdir(parents=True)
+    shutil.copy("/bin/true", source / "bin" / "tool")
+    (source / "bin" / "tool").chmod(0o4755)
+    os.link(source / "bin" / "tool", source / "bin" / "same")
+    (source / "sbin").symlink_to("bin")
+    (source / "gone").write_text("soon")
+    buildah("from", "--name", "c", "scratch")
+    buildah("copy", "--chown", "7:8", "c", source, "/")
+    buildah(
+        "config", "--user", "7", "--workingdir", "/made", "--env", "A=b c", "--volume", "/v",
+        "--entrypoint", '["/bin/tool"]', "--cmd", "x y", "--stop-signal", "SIGQUIT", "c",
+    )  # fmt: skip
+    buildah("commit", "--rm", "--format", form, "c", "base")
+    # A second layer, with a whiteout in it.
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "new").write_text("new")
+    buildah("from", "--name", "d", "base")
+    mounted = subprocess.check_output(["buildah", *store, "mount", "d"], text=True).strip()
+    (Path(mounted) / "gone").unlink()
+    buildah("umount", "d")
+    buildah("copy", "d", tmp_path / "build" / "new", "/sbin/new")
+    buildah("commit", "--rm", "--format", form, "d", "top")
+    name = f"{registry}/built/{form}:v1"
+    buildah("push", "--tls-verify=false", "--format", "oci" if form == "oci" else "v2s2",
+            "top", f"docker://{name}")  # fmt: skip
+    judge = tmp_path / "judge"
+    tool("skopeo", "copy", "--src-tls-verify=false", f"docker://{name}", f"oci:{judge}:v1")
+    reference = parse_reference(name)
+    assert isinstance(reference, RegistryReference)
+    with RegistrySource(
+        reference, blobs=tmp_path / "cache" / "blobs" / "sha256", work=Job()
+    ) as pulled:
+        image = pulled.fetch()
+        squash_image(image, tmp_path / "x.sqfs")
+    assert len(image.layers) == 2
+    ours = describe(unsquash(tmp_path / "x.sqfs", tmp_path / "tree"))
+    assert ours == describe(umoci_unpack(judge, tmp_path / "bundle", "v1"))
+    assert b"gone" not in ours and b"bin/new" in ours
+    config = guest_config(image.config, digest=image.digest, reference=name)
+    assert (config.user, config.workdir, config.env[-1]) == ("7", "/made", "A=b c")
+    assert (config.entrypoint, config.cmd) == (("/bin/tool",), ("x", "y"))
+    assert (config.volumes, config.stop_signal) == (("/v",), "SIGQUIT")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from banger.daemon.log import start_logging
 from banger.disk.background import Job, JobCancelled
 from banger.errors import BangerError
 from banger.oci.http import Http
@@ -175,7 +178,9 @@ def test_corrupt_bytes_are_not_kept(puller: Puller, registry: FakeRegistry, imag
     registry.replaced[image.layers[1]] = data[:-1] + bytes([data[-1] ^ 1])
     error = puller.refused()
     assert error.reason == "bad_image"
-    assert "has the digest" in error.message
+    assert "sends what has the sha256" in error.message
+    # Once more: what was fetched in two parts may have been replaced between them.
+    assert registry.count(f"/blobs/{image.layers[1]}") == 2
     assert puller.parts() == []
     assert image.layers[1] not in puller.blobs()
 
@@ -208,12 +213,14 @@ def test_a_layer_that_does_not_unpack_to_its_diff_id_is_refused(
     assert "the configuration says" in error.message
 
 
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
 def test_a_bomb_is_refused(
-    puller: Puller, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+    puller: Puller, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     # The real ceiling takes seconds to reach.
     monkeypatch.setattr("banger.oci.merge.ceiling_bytes", lambda stored: PIECE + 100 * stored)
-    registry.add(build_image([layer_tar([Entry("zeros", content=bytes(64 * PIECE))])]))
+    bomb = layer_tar([Entry("zeros", content=bytes(64 * PIECE))])
+    registry.add(build_image([bomb], compression=compression))
     error = puller.refused()
     assert error.reason == "bad_image"
     assert "no honest image" in error.message
@@ -262,6 +269,53 @@ def test_a_token_is_fetched_with_the_login_and_used(
     assert "scope=repository%3Ateam%2Fapp%3Apull" in tokens[0].path
     assert "a=b" in tokens[0].path
     assert all(a.authorization == f"Bearer {TOKEN}" for a in registry.asked if "/blobs/" in a.path)
+
+
+def test_a_token_that_ends_in_the_middle_of_a_pull_is_renewed(
+    puller: Puller, registry: FakeRegistry, image: Image
+) -> None:
+    registry.add(image)
+    registry.realm = f"http://{registry.host}/token"
+    with puller.source() as source:
+        assert source.digest == image.manifest
+        demand = {"WWW-Authenticate": f'Bearer realm="{registry.realm}",error="invalid_token"'}
+        registry.statuses = [(401, demand)]
+        index_layers(source.fetch().layers, what="test", work=puller.job)
+    assert registry.count("/token") == 2
+
+
+def test_a_registry_that_never_has_enough_is_not_asked_for_ever(
+    puller: Puller, registry: FakeRegistry, image: Image
+) -> None:
+    registry.add(image)
+    registry.realm = f"http://{registry.host}/token"
+    demand = {"WWW-Authenticate": f'Bearer realm="{registry.realm}"'}
+    registry.statuses = [(401, demand)] * 50
+    assert puller.refused().code == "unauthorized"
+    assert len(registry.asked) < 10
+
+
+def test_a_foreign_layer_that_the_registry_does_not_have_is_said_to_be_one(
+    puller: Puller, registry: FakeRegistry, image: Image
+) -> None:
+    """Its address is not asked: an image may not send this host where it likes."""
+    manifest = json.loads(image.blobs[image.manifest])
+    with fake_registry() as other:
+        other.blobs.update(image.blobs)
+        manifest["layers"][1] |= {
+            "mediaType": "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+            "urls": [f"http://{other.host}/elsewhere/{image.layers[1]}"],
+        }
+        text = json.dumps(manifest).encode()
+        blobs = {**image.blobs, sha256(text): text}
+        foreign = Image(blobs, sha256(text), image.layers)
+        registry.add(foreign)
+        registry.gone.add(image.layers[1])
+        assert "a foreign layer" in puller.refused().message
+        assert other.asked == []
+    # One that it has is a layer like any other.
+    registry.gone.clear()
+    puller.pull()
 
 
 def test_a_basic_login_is_used_where_it_is_asked_for(
@@ -415,6 +469,33 @@ def test_a_pull_goes_on_when_the_cache_is_emptied_under_it(
         for blob in puller.cache.glob("*"):
             blob.unlink()
         index_layers(fetched.layers, what="test", work=puller.job)
+
+
+def test_nothing_of_logins_and_signatures_gets_into_the_log(
+    puller: Puller, registry: FakeRegistry, image: Image, tmp_path: Path
+) -> None:
+    registry.add(image)
+    registry.realm = f"http://{registry.host}/token"
+    registry.login = ("user", "pass-SECRET")
+    puller.login(registry.host, *registry.login)
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    with fake_registry() as other:
+        other.blobs.update(image.blobs)
+        registry.redirect = f"http://{other.host}/elsewhere/{{name}}?signature=SECRET"
+        other.statuses = [(500, {})]
+        try:
+            start_logging(tmp_path / "log", "debug")
+            logging.getLogger("banger").info("it is on")
+            puller.pull()
+        finally:
+            for handler in logging.getLogger().handlers:
+                handler.close()
+            logging.getLogger().handlers[:], level = before
+            logging.getLogger().setLevel(level)
+    log = (tmp_path / "log").read_text() + "".join(puller.told)
+    assert "it is on" in log
+    encoded = base64.b64encode(b"user:pass-SECRET").decode()
+    assert [secret for secret in ("SECRET", TOKEN, encoded) if secret in log] == []
 
 
 def _index(images: dict[str, Image]) -> dict[str, Any]:

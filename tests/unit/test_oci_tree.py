@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -183,3 +186,22 @@ def test_the_distribution_is_read_from_the_image(tmp_path: Path) -> None:
 def test_an_empty_image_is_an_empty_tree(tmp_path: Path) -> None:
     layout = write_layout(tmp_path / "layout", build_image([b"", bytes(1024)]))
     assert squash_image(read_layout(layout, None), tmp_path / "x.sqfs").members == 0
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="GNU tar is not installed")
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_holes_that_no_disk_could_hold_are_refused(tmp_path: Path, form: str) -> None:
+    """A bomb that unpacks to nothing: a few bytes, and a file of three quarters of a TiB, twice."""
+    with (tmp_path / "a").open("wb") as f:
+        f.truncate(3 << 38)
+    (tmp_path / "b").write_bytes(b"")
+    os.truncate(tmp_path / "b", 3 << 38)
+    tar = subprocess.run(
+        ["tar", "-cS", f"--format={form}", "-C", tmp_path, "a", "b"],
+        check=True,
+        capture_output=True,
+    ).stdout
+    assert len(tar) < 100_000
+    layout = write_layout(tmp_path / "layout", build_image([tar]))
+    with pytest.raises(BangerError, match="more than 1 TiB"):
+        index_layers(read_layout(layout, None).layers, what="test", work=Job())

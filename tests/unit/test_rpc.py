@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -66,6 +67,9 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     async def broken(call: Call, params: Echo) -> None:
         raise RuntimeError("a bug")
 
+    async def full(call: Call, params: Echo) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/state/x")
+
     async def count(call: Call, params: Echo) -> int:
         for i in range(3):
             call.stage(f"s{i}", "counting")
@@ -92,6 +96,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         "echo": method(echo),
         "refuse": method(refuse),
         "broken": method(broken),
+        "full": method(full),
         "count": method(count, streams=True),
         "forever": method(forever),
         "pipe": method(pipe),
@@ -118,6 +123,17 @@ async def call(server: Server, method: str, params: dict[str, Any] | None = None
 async def test_a_call_gets_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "__version__", "1")
     assert await call(server, "echo", {"text": "hé"}) == {"text": "hé"}
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_is_told_with_what_to_type(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    with pytest.raises(BangerError, match=r"full: the host's disk is full \(/state/x\)") as caught:
+        await call(server, "full")
+    assert (caught.value.code, caught.value.reason) == ("operation_failed", "disk_full")
+    assert (caught.value.hint or "").startswith("df -h")
 
 
 @pytest.mark.asyncio

@@ -29,9 +29,11 @@ def test_keys_are_read_into_their_units(tmp_path: Path) -> None:
     settings = read(
         tmp_path,
         'disk_reserve = "3G"\nready_timeout = "2m"\nstop_timeout = "5s"\n'
+        'oci_cache_limit = "512MiB"\n'
         "[vm_defaults]\nvcpu = 3\nmemory_mib = 256\n",
     )
     assert settings.disk_reserve_bytes == 3 << 30
+    assert settings.oci_cache_limit_bytes == 512 << 20
     assert (settings.ready_timeout_s, settings.stop_timeout_s) == (120, 5)
     assert (settings.vm_defaults.vcpu, settings.vm_defaults.memory_mib) == (3, 256)
 
@@ -59,7 +61,11 @@ def test_bridge_address_and_prefix_make_the_subnet(tmp_path: Path) -> None:
         ("default_dns = ['resolver']", "resolver"),
         ("memory_budget_percent = 5", "10 to 95"),
         ("disk_reserve = 'much'", "is no size"),
+        ("oci_cache_limit = '-1G'", "is no size"),
         ("ready_timeout = 'long'", "long"),
+        ("auto_stop_stale_after = '59s'", "0 or at least 60 s"),
+        ("auto_stop_stale_after = 'never'", "no duration"),
+        ("stats_poll_interval = '0'", "at least 1s"),
         ("[vm_defaults]\nvcpu = 0", "1 to 32"),
         ("[vm_defaults]\nmemory_mib = 64", "128 or more"),
         ("[vm_defaults]\ndisk_size = 'big'", "is no size"),

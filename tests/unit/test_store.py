@@ -11,30 +11,12 @@ import pytest
 
 from banger.api.records import VmRecord
 from banger.errors import BangerError
-from banger.names import new_vm_id
 from banger.store.database import migrations, open_database
 from banger.store.vms import VmStore
+from fakes.records import build_record
 
 SUBNET = ipaddress.IPv4Network("172.16.0.0/29")
 HOST = frozenset({"172.16.0.1"})
-
-
-def build(name: str, address: str) -> VmRecord:
-    return VmRecord(
-        id=new_vm_id(),
-        name=name,
-        state="created",
-        image_id="i",
-        image="debian",
-        kernel="k",
-        vcpu=1,
-        memory_mib=512,
-        overlay_bytes=1,
-        work_disk_bytes=1,
-        address=address,
-        mac="",
-        network="bridge",
-    )
 
 
 @pytest.fixture
@@ -46,7 +28,7 @@ def store(tmp_path: Path) -> Iterator[VmStore]:
 
 @pytest.fixture
 def reserve(store: VmStore) -> Callable[..., VmRecord]:
-    return lambda name=None: store.reserve(name, SUBNET, HOST, build)
+    return lambda name=None: store.reserve(name, SUBNET, HOST, build_record)
 
 
 def test_the_lowest_free_address_is_given_and_comes_back(
@@ -99,7 +81,7 @@ def test_an_ambiguous_prefix_names_its_candidates(store: VmStore) -> None:
             name,
             SUBNET,
             HOST,
-            lambda n, a, i=vm_id: VmRecord(**{**_fields(build(n, a)), "id": i}),
+            lambda n, a, i=vm_id: VmRecord(**{**_fields(build_record(n, a)), "id": i}),
         )
     with pytest.raises(BangerError) as caught:
         store.resolve("abcd")
@@ -145,7 +127,7 @@ def test_every_connection_has_its_pragmas(tmp_path: Path) -> None:
         ]
     finally:
         connection.close()
-    assert got == ["wal", 1, 1, 5000]
+    assert got == ["wal", 1, 2, 5000]
 
 
 def test_a_damaged_database_is_an_error_that_names_it(tmp_path: Path) -> None:

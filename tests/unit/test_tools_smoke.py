@@ -218,3 +218,45 @@ def test_a_host_whose_processor_stands_still_is_known(
     machine = Machine(1, ["sh", "-c", script], Deal([]), report, tmp_path, 3, patience_s=1)
     machine.run()
     assert machine.frozen == frozen
+
+
+# A host that is killed when it asks for it, and asks for work again when it is booted anew.
+_CUT = """
+    work() { words=; while [ -z "$words" ]; do read -r words || exit 1; done; }
+    echo '@event {"want": true}'; work
+    case $words in
+    s1)
+        echo '@event {"start": "s1"}'
+        echo '@event {"told": 7}'
+        echo '@event {"cut": true}'
+        exec sleep 60;;
+    "again 7 s1")
+        echo '@event {"start": "s1"}'
+        echo '@event {"end": "s1", "result": "pass", "seconds": 1}'
+        echo '@event {"want": true}'; work
+        test "$words" = end;;
+    esac
+"""
+
+
+def test_a_host_whose_power_was_cut_goes_on_with_its_scenario(
+    report: Report, tmp_path: Path
+) -> None:
+    deal = Deal([_scenario(1, "global", None)])
+    machine = Machine(1, ["sh", "-c", _CUT], deal, report, tmp_path, 30)
+    machine.run()
+    assert report.results == {"s1": "pass"}
+    assert report.conclude(["s1"], 1) == 0
+
+
+def test_a_host_that_does_not_come_back_from_a_cut_is_a_failure(
+    report: Report, tmp_path: Path
+) -> None:
+    script = _CUT.replace(
+        '"again 7 s1")', '"again 7 s1") echo no bootable device; exit 1;;\n    x)'
+    )
+    machine = Machine(1, ["sh", "-c", script], Deal([_scenario(1, "global", None)]), report,
+                      tmp_path, 30)  # fmt: skip
+    machine.run()
+    assert report.conclude(["s1"], 1) == 1
+    assert "no bootable device" in (tmp_path / "s1.log").read_text()

@@ -251,6 +251,33 @@ async def test_memory_budget_names_who_uses_it(
     assert (await world.create("third", memory_mib=500, allow_overcommit=True)).state == "running"
 
 
+async def test_two_starts_at_once_do_not_both_get_the_last_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget is 950 of 1000 MiB: one of the two fits, whoever comes first."""
+    monkeypatch.setattr("banger.vm.admission.host_memory_mib", lambda: 1000)
+    made = await asyncio.gather(
+        world.create("one", memory_mib=500), world.create("two", memory_mib=500),
+        return_exceptions=True,
+    )  # fmt: skip
+    refused = [e for e in made if isinstance(e, BangerError)]
+    assert [e.reason for e in refused] == ["memory_admission"], made
+    running = next(vm.name for vm in made if isinstance(vm, VmRecord))
+    assert f"in use: 564 MiB ({running} 500 MiB)" in str(refused[0])
+
+
+async def test_start_that_failed_holds_no_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.vm.admission.host_memory_mib", lambda: 1000)
+    first = await world.create("first", memory_mib=500, start=False)
+    world.faults.fail("driver.build_launch")
+    with pytest.raises(BangerError):
+        await world.start(first)
+    async with world.ctx.locked(first.id):
+        assert (await world.create("second", memory_mib=500)).state == "running"
+
+
 # --- a rollback that fails ------------------------------------------------------------------------
 
 

@@ -303,3 +303,35 @@ async def test_work_with_a_guest_gives_its_result(world: World) -> None:
     vm = await world.create()
     health = await world.ctx.while_running(vm, world.ctx.client(vm).health())
     assert health.hostname == "web"
+
+
+async def test_a_deletion_that_dies_half_way_leaves_no_vm_without_its_disks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create(start=False)
+
+    def die(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("banger.vm.create.remove_tree", die)
+        with pytest.raises(KeyboardInterrupt):
+            await delete(world.ctx, vm)
+    assert world.store.list() == []
+    assert world.paths.vm(vm.id).directory.exists()
+    await world.crash()
+    assert world.census()["directories"] == []
+
+
+async def test_known_hosts_that_cannot_be_written_keep_no_vm(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create(start=False)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("banger.vm.create.replace_host", full)
+    await delete(world.ctx, vm)
+    census = world.census()
+    assert census["rows"] == census["directories"] == []

@@ -133,6 +133,10 @@ func (host) Filesystems() []string { return []string{"/"} }
 
 func (host) AddEntropy([]byte) error { return unsupported("entropy") }
 
+func (host) FirstBoot() string { return "" }
+
+func (host) Settle(time.Duration) {}
+
 func (h host) Stop(time.Duration) { h.stop() }
 
 func unsupported(method string) error {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -51,6 +52,8 @@ type resident struct {
 	mu   sync.Mutex
 	over int // root of the overlay disk
 	stop sync.Once
+	// firstBoot is how the installation of sshd goes: running, done, failed; nothing without one.
+	firstBoot atomic.Value
 }
 
 // ServeGuest is the service beside the image's init; it ends with the machine, or on SIGTERM, which
@@ -139,6 +142,9 @@ func (g *resident) start() error {
 		}
 		g.log("announced to the host after %s", uptime())
 	}()
+	if g.Config.InstallSSHD {
+		go g.installSSHD()
+	}
 	return nil
 }
 
@@ -325,6 +331,17 @@ func (g *resident) writable() []int {
 		return []int{g.over, work}
 	}
 	return []int{g.over}
+}
+
+// FirstBoot implements service.Machine.
+func (g *resident) FirstBoot() string {
+	state, _ := g.firstBoot.Load().(string)
+	return state
+}
+
+// Settle implements service.Machine.
+func (g *resident) Settle(grace time.Duration) {
+	halt.New(g.reaper, g.handover.Init, g.writable, g.log).Settle(g.handover.Init, grace)
 }
 
 // Stop implements service.Machine. Of several requests the first counts.

@@ -33,6 +33,7 @@ type Config struct {
 	HostKeyPub     string       `json:"host_key_pub"`
 	Mounts         Mounts       `json:"mounts"`
 	DockerDirs     bool         `json:"docker_dirs"`
+	InstallSSHD    bool         `json:"install_sshd"`
 	Image          *ImageConfig `json:"image_config"`
 	GitIdentity    *GitIdentity `json:"git_identity"`
 }

@@ -18,7 +18,7 @@ func WriteFiles(root string, c *Config, linkName string) error {
 		WriteHostname(root, c.Hostname),
 		WriteHosts(root, c),
 		emptyFstab(root),
-		writeSSHD(root, c),
+		WriteSSHD(root, c),
 		WriteAuthorizedKeys(root, c.AuthorizedKeys),
 		writeGitIdentity(root, c.GitIdentity),
 		writeMachineID(root, c.VMID),
@@ -94,6 +94,9 @@ func emptyFstab(root string) error {
 // modes that sshd's StrictModes asks for. Other lines are kept.
 func WriteAuthorizedKeys(root string, keys []string) error {
 	const path = "root/.ssh/authorized_keys"
+	if _, err := os.Lstat(filepath.Join(root, path)); len(keys) == 0 && errors.Is(err, os.ErrNotExist) {
+		return nil // nothing to say, and nothing to take back
+	}
 	dir := filepath.Join(root, "root/.ssh")
 	// A link to a directory is how some users keep their dotfiles, and it stays.
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {

@@ -17,8 +17,8 @@ HostKey /etc/ssh/ssh_host_ed25519_key
 
 const includeLine = "Include /etc/ssh/sshd_config.d/*.conf"
 
-// writeSSHD writes drop-in and host key also where no sshd is installed yet.
-func writeSSHD(root string, c *Config) error {
+// WriteSSHD writes drop-in and host key also where no sshd is installed yet.
+func WriteSSHD(root string, c *Config) error {
 	errs := []error{writeFile(root, "etc/ssh/sshd_config.d/00-banger.conf", []byte(dropIn), 0o644)}
 	if c.HostKey != "" {
 		key := strings.TrimRight(c.HostKey, "\n") + "\n"

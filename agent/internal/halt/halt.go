@@ -21,6 +21,8 @@ const (
 type System struct {
 	// Run runs a tool of the guest.
 	Run func(ctx context.Context, argv ...string) error
+	// Units lists what systemd runs or listens for, a unit a line.
+	Units func(ctx context.Context) string
 	// Services lists runit's service directories.
 	Services func() []string
 	// First is what the image asks its processes to be stopped with, 0 for nothing special; only
@@ -59,13 +61,7 @@ func (s System) Stop(init string, grace time.Duration) error {
 			s.Log("stopping the services: %v", err)
 		}
 	case "runit":
-		if services := s.Services(); len(services) > 0 {
-			half := strconv.Itoa(int(max(1, grace.Seconds()/2)))
-			stop := append([]string{"sv", "-w", half, "force-stop"}, services...)
-			if err := s.Run(ctx, stop...); err != nil {
-				s.Log("stopping the services: %v", err)
-			}
-		}
+		s.stopRunit(ctx, grace)
 	}
 	if s.First != 0 {
 		// Half of the time is for what it asks for; a TERM right behind it would undo that.
@@ -75,6 +71,19 @@ func (s System) Stop(init string, grace time.Duration) error {
 		s.WaitGone(time.Now().Add(time.Until(deadline) / 2))
 	}
 	return s.Force(deadline)
+}
+
+// stopRunit gives runit's services half of the grace.
+func (s System) stopRunit(ctx context.Context, grace time.Duration) {
+	services := s.Services()
+	if len(services) == 0 {
+		return
+	}
+	half := strconv.Itoa(int(max(1, grace.Seconds()/2)))
+	stop := append([]string{"sv", "-w", half, "force-stop"}, services...)
+	if err := s.Run(ctx, stop...); err != nil {
+		s.Log("stopping the services: %v", err)
+	}
 }
 
 // Force ends all processes by the deadline, at the latest a second after it when that is nearer,

@@ -26,7 +26,11 @@ func (r *recorder) step(name string) error {
 
 func (r *recorder) system() System {
 	return System{
-		Services:  func() []string { return []string{"/etc/service/a"} },
+		Services: func() []string { return []string{"/etc/service/a"} },
+		Units: func(context.Context) string {
+			return "ssh.service loaded active running\ndbus.socket loaded active running\n\n" +
+				"-.slice x\nsystemd-journald.service a b c\ncron.timer loaded active waiting\n"
+		},
 		Run:       func(_ context.Context, argv ...string) error { return r.step(strings.Join(argv, " ")) },
 		SignalAll: func(sig syscall.Signal) error { return r.step(fmt.Sprintf("signal %d", sig)) },
 		WaitGone: func(time.Time) bool {
@@ -74,6 +78,27 @@ func TestStopTakesEveryStepInOrder(t *testing.T) {
 		if err := r.system().Stop(c.init, 0); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+		if !slices.Equal(r.steps, c.want) {
+			t.Errorf("%s: %q", name, r.steps)
+		}
+	}
+}
+
+func TestSettlingStopsWhatWritesAndLeavesTheMachineAlive(t *testing.T) {
+	for name, c := range map[string]struct {
+		init string
+		gone []bool
+		want []string
+	}{
+		"agent":    {"agent", []bool{true}, slices.Concat(ask, []string{"sync"})},
+		"openrc":   {"openrc", []bool{true}, slices.Concat(ask, []string{"sync"})},
+		"stubborn": {"agent", []bool{false, true}, slices.Concat(ask, kill, []string{"sync"})},
+		"runit": {"runit", []bool{true}, slices.Concat(
+			[]string{"sv -w 1 force-stop /etc/service/a"}, ask, []string{"sync"})},
+		"systemd": {"systemd", nil, []string{"systemctl stop -- ssh.service cron.timer", "sync"}},
+	} {
+		r := &recorder{gone: c.gone}
+		r.system().Settle(c.init, 0)
 		if !slices.Equal(r.steps, c.want) {
 			t.Errorf("%s: %q", name, r.steps)
 		}

@@ -27,14 +27,25 @@ func New(reaper *procs.Reaper, init string, writable func() []int,
 	log func(string, ...any),
 ) System {
 	victims := func() []int { return userProcesses(supervisors[init]) }
+	run := func(ctx context.Context, argv ...string) (string, error) {
+		path, err := findTool(argv[0])
+		if err != nil {
+			return "", err
+		}
+		return reaper.Run(ctx, append([]string{path}, argv[1:]...)...)
+	}
 	return System{
 		Run: func(ctx context.Context, argv ...string) error {
-			path, err := findTool(argv[0])
-			if err != nil {
-				return err
-			}
-			_, err = reaper.Run(ctx, append([]string{path}, argv[1:]...)...)
+			_, err := run(ctx, argv...)
 			return err
+		},
+		Units: func(ctx context.Context) string {
+			list, err := run(ctx, "systemctl", "list-units", "--plain", "--no-legend", "--full",
+				"--state=running,listening,waiting", "--type=service,socket,timer,path")
+			if err != nil {
+				log("listing the services: %v", err)
+			}
+			return list
 		},
 		Services: func() []string {
 			services, _ := filepath.Glob("/etc/service/*")

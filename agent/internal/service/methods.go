@@ -17,6 +17,7 @@ import (
 func (c *call) dispatch() error {
 	unary := map[string]func(*call) (any, error){
 		"hello":     (*call).hello,
+		"activity":  (*call).activity,
 		"health":    (*call).health,
 		"ports":     (*call).ports,
 		"stat":      (*call).stat,
@@ -27,6 +28,8 @@ func (c *call) dispatch() error {
 		"entropy":   (*call).entropy,
 		"configure": (*call).configure,
 		"grow":      (*call).grow,
+
+		"packages": (*call).packages,
 
 		"missing":        (*call).missing,
 		"session.start":  (*call).sessionStart,
@@ -41,6 +44,8 @@ func (c *call) dispatch() error {
 		"put":      (*call).put,
 		"get":      (*call).get,
 		"scan":     (*call).scan,
+		"install":  (*call).install,
+		"capture":  (*call).capture,
 		"digest":   (*call).digest,
 		"read":     (*call).read,
 		"put_file": (*call).putFile,
@@ -59,6 +64,8 @@ func (c *call) dispatch() error {
 		return c.answer(result)
 	}
 	if method, ok := streams[c.req.Method]; ok {
+		c.streams.Add(1)
+		defer c.streams.Add(-1)
 		return method(c)
 	}
 	return wire.Errorf(wire.UnknownMethod, "the agent knows no method %q", c.req.Method)
@@ -112,6 +119,7 @@ func (c *call) health() (any, error) {
 	return map[string]any{
 		"agent_version": c.Version, "protocol": wire.Version, "boot_id": c.BootID,
 		"uptime_s": uptime, "hostname": hostname, "init": kind, "init_state": state,
+		"first_boot": c.Machine.FirstBoot(),
 	}, nil
 }
 
@@ -199,8 +207,8 @@ func (c *call) shutdown() error {
 	if err := c.params(&p); err != nil {
 		return err
 	}
-	if p.GraceS < 0 || p.GraceS > 3600 {
-		return wire.Errorf(wire.BadRequest, "shutdown: grace_s is not between 0 and 3600")
+	if err := checkGrace("shutdown", p.GraceS); err != nil {
+		return err
 	}
 	if err := c.answer(none{}); err != nil {
 		return err
@@ -208,6 +216,13 @@ func (c *call) shutdown() error {
 	_ = c.conn.CloseWrite()
 	c.Log("the host asked for a shutdown within %g s", p.GraceS)
 	go c.Machine.Stop(time.Duration(p.GraceS * float64(time.Second)))
+	return nil
+}
+
+func checkGrace(method string, seconds float64) error {
+	if seconds < 0 || seconds > 3600 {
+		return wire.Errorf(wire.BadRequest, "%s: grace_s is not between 0 and 3600", method)
+	}
 	return nil
 }
 

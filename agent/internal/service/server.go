@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"banger/agent/internal/command"
@@ -41,6 +42,10 @@ type Machine interface {
 	Filesystems() []string
 	// AddEntropy credits seed to the kernel's generator and reseeds it.
 	AddEntropy(seed []byte) error
+	// FirstBoot is how what belongs to the first boot goes: running, done, failed, or nothing.
+	FirstBoot() string
+	// Settle stops what writes to the disks, for a capture.
+	Settle(grace time.Duration)
 	// Stop ends the machine; it is called after the answer has been sent.
 	Stop(grace time.Duration)
 }
@@ -75,6 +80,8 @@ type Server struct {
 	Log     func(format string, args ...any)
 
 	open sync.WaitGroup
+	// streams counts the calls that last: commands, transfers, joined connections.
+	streams atomic.Int64
 }
 
 // call is one request while it is answered.

@@ -53,6 +53,10 @@ func (m *fakeMachine) Filesystems() []string { return []string{"/"} }
 
 func (m *fakeMachine) AddEntropy([]byte) error { m.seeds++; return nil }
 
+func (m *fakeMachine) FirstBoot() string { return "" }
+
+func (m *fakeMachine) Settle(time.Duration) {}
+
 func (m *fakeMachine) Stop(grace time.Duration) { m.stopped <- grace }
 
 var reaper *procs.Reaper

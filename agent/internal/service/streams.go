@@ -24,18 +24,23 @@ func (c *call) exec() error {
 	if err := c.params(&p); err != nil {
 		return err
 	}
+	return c.run(p)
+}
+
+// run runs a command on this connection.
+func (c *call) run(p command.Params) error {
 	plan, err := command.BuildPlan(p, c.Host)
 	if err != nil {
 		return err
 	}
 	if err := c.stream(); err != nil {
-		c.Log("exec: answering: %v", err)
+		c.Log("%s: answering: %v", c.req.Method, err)
 		return nil
 	}
 	in, out := wire.NewFrameReader(c.in), wire.NewFrameWriter(c.conn)
 	err = command.Run(c.Reaper, plan, in, out, c.Started)
 	if err != nil {
-		c.Log("exec: %v", err)
+		c.Log("%s: %v", c.req.Method, err)
 	}
 	return nil
 }

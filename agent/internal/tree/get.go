@@ -54,6 +54,7 @@ type packer struct {
 	links  map[inode]string // first names of files with several
 	except map[string]bool
 	plain  bool
+	whole  *whole // nil unless all of a system is packed
 	counts Counts
 	buf    []byte
 }
@@ -162,16 +163,23 @@ func (p *packer) some(path string, names []string) error {
 	return nil
 }
 
-func (p *packer) entry(dir int, name, path string, dev uint64) error {
-	st, err := kernel.Lstatat(dir, name)
-	if err != nil {
-		return err
-	}
-	h := &tar.Header{
+func header(path string, st syscall.Stat_t) *tar.Header {
+	return &tar.Header{
 		Name: path, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid),
 		// Whole seconds: a fraction would cost every member a header of 1 KiB of its own.
 		ModTime: time.Unix(st.Mtim.Sec, 0),
 	}
+}
+
+func (p *packer) entry(dir int, name, path string, dev uint64) error {
+	if p.whole != nil && p.whole.leavesOut(path) {
+		return nil
+	}
+	st, err := kernel.Lstatat(dir, name)
+	if err != nil {
+		return err
+	}
+	h := header(path, st)
 	switch st.Mode & syscall.S_IFMT {
 	case syscall.S_IFDIR:
 		return p.subdirectory(dir, name, h, dev)
@@ -208,12 +216,17 @@ func (p *packer) subdirectory(dir int, name string, h *tar.Header, dev uint64) e
 	if err := syscall.Fstat(fd, &st); err != nil {
 		return err
 	}
+	mounted := st.Dev != dev
+	if p.whole != nil && mounted && isModules(fd) {
+		return nil
+	}
+	path := h.Name
 	h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"
 	p.addXattrs(h, fd)
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
-	if st.Dev != dev && isVirtual(fd) {
+	if mounted && (isVirtual(fd) || p.whole != nil && !slices.Contains(p.whole.enter, path)) {
 		return nil
 	}
 	return p.directory(fd, h.Name, st.Dev)
@@ -244,6 +257,11 @@ func (p *packer) regular(dir int, name string, h *tar.Header, st syscall.Stat_t)
 	h.Size = now.Size
 	p.addXattrs(h, fd)
 	p.counts.Files++
+	if p.whole != nil && h.Size >= leastSparse && now.Blocks*512 < h.Size {
+		if done, err := p.sparse(fd, h); done {
+			return err
+		}
+	}
 	if err := p.tar.WriteHeader(h); err != nil {
 		return err
 	}
@@ -301,8 +319,7 @@ func (p *packer) addXattrs(h *tar.Header, fd int) {
 	}
 	for raw := range bytes.SplitSeq(bytes.TrimRight(list, "\x00"), []byte{0}) {
 		name := string(raw)
-		if !strings.HasPrefix(name, "user.") && name != "security.capability" ||
-			strings.Contains(name, "=") {
+		if !p.keepsXattr(name) {
 			continue
 		}
 		value, err := kernel.Getxattr(path, name)

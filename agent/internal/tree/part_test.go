@@ -20,8 +20,8 @@ import (
 
 var errCut = errors.New("the connection ended")
 
-// whole: the connection lasts to the end.
-const whole = 1 << 62
+// toTheEnd: the connection lasts to the end.
+const toTheEnd = 1 << 62
 
 // cutReader ends with an error after some bytes, as a connection does.
 type cutReader struct {
@@ -146,7 +146,7 @@ func TestAPartOfSomethingElseIsNotGoneOnWith(t *testing.T) {
 		t.Fatal(err)
 	}
 	content := mixed(250_000)
-	if offered, err := send(t, dir, "file", content, whole); offered != 200_000 || err != nil {
+	if offered, err := send(t, dir, "file", content, toTheEnd); offered != 200_000 || err != nil {
 		t.Fatal(offered, err)
 	}
 	if read(t, dir+"/file") != string(content) {
@@ -156,7 +156,7 @@ func TestAPartOfSomethingElseIsNotGoneOnWith(t *testing.T) {
 	if _, err := send(t, dir, "file", mixed(300_000), 200_000); !errors.Is(err, errCut) {
 		t.Fatal(err)
 	}
-	if offered, err := send(t, dir, "file", content[:9], whole); offered != 0 || err != nil {
+	if offered, err := send(t, dir, "file", content[:9], toTheEnd); offered != 0 || err != nil {
 		t.Fatal(offered, err)
 	}
 	if read(t, dir+"/file") != string(content[:9]) {
@@ -193,7 +193,7 @@ func TestWhatOthersPutInThePlaceOfAPartIsNeverWrittenTo(t *testing.T) {
 			if err := errors.Join(os.Remove(part), plant(part)); err != nil {
 				t.Fatal(err)
 			}
-			if offered, err := send(t, dir, "file", []byte("content"), whole); offered != 0 || err != nil {
+			if offered, err := send(t, dir, "file", []byte("content"), toTheEnd); offered != 0 || err != nil {
 				t.Fatal(offered, err)
 			}
 			info, err := os.Lstat(dir + "/file")
@@ -209,7 +209,7 @@ func TestWhatOthersPutInThePlaceOfAPartIsNeverWrittenTo(t *testing.T) {
 
 func TestTwoCopiesToOneNameDoNotMix(t *testing.T) {
 	dir := t.TempDir()
-	first := &peer{t: t, content: []byte("content"), most: whole}
+	first := &peer{t: t, content: []byte("content"), most: toTheEnd}
 	pass, entered := make(chan struct{}), make(chan struct{})
 	slow := readerFunc(func(b []byte) (int, error) {
 		if entered != nil {
@@ -226,7 +226,7 @@ func TestTwoCopiesToOneNameDoNotMix(t *testing.T) {
 		done <- err
 	}()
 	<-started
-	_, err := send(t, dir, "file", []byte("another"), whole)
+	_, err := send(t, dir, "file", []byte("another"), toTheEnd)
 	var e *wire.Error
 	if !errors.As(err, &e) || e.Reason != "in_use" {
 		t.Fatal(err)
@@ -254,7 +254,7 @@ func TestPartsWaitForTheNextCopyButNotForEver(t *testing.T) {
 	if err := os.Chtimes(part, old, old); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := send(t, dir, "two", []byte("content"), whole); err != nil {
+	if _, err := send(t, dir, "two", []byte("content"), toTheEnd); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(part); !errors.Is(err, os.ErrNotExist) {
@@ -265,7 +265,7 @@ func TestPartsWaitForTheNextCopyButNotForEver(t *testing.T) {
 func TestMoreOrLessThanWasSaidIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	for _, sent := range []string{"conten", "content."} {
-		p := &peer{t: t, content: []byte(sent), most: whole}
+		p := &peer{t: t, content: []byte(sent), most: toTheEnd}
 		_, err := PutFile(File{Path: dir, Name: []byte("file"), Size: 7, Mode: 0o644}, p, p)
 		var e *wire.Error
 		if !errors.As(err, &e) || e.Code != wire.BadRequest {

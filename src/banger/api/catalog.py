@@ -32,6 +32,23 @@ class ImportKernel(Params, frozen=True, kw_only=True):
     force: bool = False
 
 
+class BuildKernel(Params, frozen=True, kw_only=True):
+    """`kernel.build`: `recipe` names what is built, `name` the entry where it is another one.
+
+    `fragment` and `signing_key` are the contents of files, `source` and `signature` the absolute
+    paths of a tarball of the kernel project's and its detached signature.
+    """
+
+    recipe: str
+    name: str | None = None
+    fragment: str | None = None
+    jobs: int | None = None
+    force: bool = False
+    source: str | None = None
+    signature: str | None = None
+    signing_key: str | None = None
+
+
 class Exported(Wire, frozen=True, kw_only=True):
     """What an index says of a bundle, apart from file, hash and size, which its writer knows."""
 

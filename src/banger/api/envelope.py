@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from banger.api.base import Wire
-from banger.errors import BangerError, ErrorCode
+from banger.errors import BangerError, ErrorCode, Outcome
 
 PROTOCOL_VERSION = 1
 
@@ -23,20 +23,34 @@ class Request(Wire, frozen=True, kw_only=True):
 
 
 class WireError(Wire, frozen=True, kw_only=True, omit_defaults=True):
+    """A `BangerError` on a wire. `outcome` None: a peer that does not tell them apart."""
+
     code: ErrorCode
     message: str
     hint: str | None = None
     op_id: str | None = None
     reason: str | None = None
+    outcome: Outcome | None = None
 
     @classmethod
     def of(cls, e: BangerError, op_id: str | None = None) -> WireError:
         return cls(
-            code=e.code, message=str(e), hint=e.hint, op_id=op_id or e.op_id, reason=e.reason
+            code=e.code,
+            message=str(e),
+            hint=e.hint,
+            op_id=op_id or e.op_id,
+            reason=e.reason,
+            outcome=e.outcome,
         )
 
     def exception(self) -> BangerError:
-        e = BangerError(self.code, self.message, hint=self.hint, reason=self.reason)
+        e = BangerError(
+            self.code,
+            self.message,
+            hint=self.hint,
+            reason=self.reason,
+            outcome=self.outcome or "failed",
+        )
         e.op_id = self.op_id
         return e
 

@@ -50,6 +50,8 @@ class CreateVm(Params, frozen=True, kw_only=True):
     nat: bool = False
     start: bool = True
     allow_overcommit: bool = False
+    detach: bool = False
+    """Answer at once with the id of the operation; only of `vm.create`."""
 
 
 class RunVm(Params, frozen=True, kw_only=True):
@@ -106,8 +108,27 @@ class NameRef(Params, frozen=True, kw_only=True):
 
 
 class BuildImage(Params, frozen=True, kw_only=True):
+    """`image.build`: from a `recipe` (a name, or the absolute path of a file), or from the image
+    `from_image`, with what is added to either. Paths are absolute.
+
+    `archive` is the root of a recipe that takes one. Sizes are those of the machine, if there is
+    one; None is the default of new VMs.
+    """
+
     name: str
-    recipe: str
+    recipe: str | None = None
+    from_image: str | None = None
+    archive: str | None = None
+    packages: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ()
+    kernel_ref: str | None = None
+    nat: bool = False
+    """A way out also where no packages are installed."""
+    vcpu: int | None = None
+    memory_mib: int | None = None
+    disk_bytes: int | None = None
+    overlay_bytes: int | None = None
     force: bool = False
 
 
@@ -118,6 +139,7 @@ class PullImage(Params, frozen=True, kw_only=True):
     name: str | None = None
     kernel_ref: str | None = None
     platform: str = "linux/amd64"
+    install_sshd: bool = False
     force: bool = False
 
 

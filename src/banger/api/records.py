@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from banger.api.base import Wire
+from banger.api.stats import VmStats
 
 VmState = Literal["created", "running", "suspended", "stopped", "error"]
 VmmName = Literal["firecracker", "qemu"]
@@ -67,6 +68,9 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     ephemeral: bool = False
     """Deleted when the command that made it ends (`vm run --rm`)."""
     owner: OwnerProcess | None = None
+    building: bool = False
+    """A throw-away machine that an image is made of: nothing of the owner goes into it, and a
+    daemon that finds it removes it."""
     provisional: bool = False
     """Its create has not been answered yet: a daemon that finds it so removes it."""
     vmm: VmmName | None = None
@@ -75,6 +79,12 @@ class VmRecord(Wire, frozen=True, kw_only=True):
     bootstrap: Bootstrap | None = None
     files_synced: bool = False
     """Its first start is over: `[[file_sync]]` entries of `create` have been sent."""
+    paused: str | None = None
+    """Why a running VM's processors stand still; None: they do not."""
+    warning: str | None = None
+    """What its owner should know now; told when it is looked at, never stored."""
+    stats: VmStats | None = None
+    """Its figures when they were last collected; kept when it stops."""
     last_error: str | None = None
     created_at: str = ""
     updated_at: str = ""
@@ -111,6 +121,8 @@ class ImageRecord(Wire, frozen=True, kw_only=True):
     features: tuple[str, ...] = ()
     recipe: str | None = None
     optional_missing: tuple[str, ...] = ()
+    install_sshd: bool = False
+    """A VM of it installs openssh-server at its first boot, if it has a way out."""
     description: str = ""
     created_at: str = ""
     oci: ImageConfig | None = None

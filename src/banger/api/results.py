@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from banger.api.base import Wire
 from banger.api.records import ImageConfig, VmRecord, Workspace
+from banger.api.stats import VmStats as VmStats
 
 
 class Pong(Wire, frozen=True, kw_only=True):
@@ -30,6 +29,9 @@ class DaemonStatus(Wire, frozen=True, kw_only=True):
     log: str
     uptime_s: float
     rss_bytes: int
+    threads: int = 0
+    tasks: int = 0
+    """Coroutines under way in it."""
     vms_running: int
     network: str
     network_note: str | None
@@ -125,24 +127,15 @@ class PortRow(Wire, frozen=True, kw_only=True):
     link: str | None = None
 
 
-class VmStats(Wire, frozen=True, kw_only=True):
-    vm: str
-    vmm_rss_bytes: int
-    vmm_cpu_s: float
-    overlay_allocated_bytes: int
-    overlay_promised_bytes: int
-    work_allocated_bytes: int
-    work_promised_bytes: int
-    host_free_bytes: int
-    guest: dict[str, Any] | None
-    guest_error: str | None = None
-
-
 class PrunedCache(Wire, frozen=True, kw_only=True):
-    """What `image cache prune` freed, or would free."""
+    """What `image cache prune` freed, or would free; what pulls use now stays."""
 
     blobs: int
     bytes: int
+    in_use_blobs: int
+    in_use_bytes: int
+    limit_bytes: int
+    """`oci_cache_limit`, which each pull keeps."""
     directory: str
     dry_run: bool
 

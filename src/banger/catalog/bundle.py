@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import tarfile
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from banger import zstd
 from banger.errors import BangerError
 from banger.units import GIB
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -31,8 +26,6 @@ _LEVEL = 9
 _BLOCK = 512
 _READ = 1 << 20
 _MOST_UNPACKED_BYTES = 64 * GIB
-# 2^27 = 128 MiB of memory, what `zstd --long` needs.
-_WINDOW_LOG_MAX = 27
 _ZEROS = bytes(_READ)
 
 
@@ -158,9 +151,7 @@ class _Content:
     def __init__(self, source: IO[bytes], check: Callable[[], None]) -> None:
         self._source = source
         self._check = check
-        self._machine = zstd.ZstdDecompressor(
-            options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
-        )
+        self._machine = zstd.bounded_decompressor()
         self._buffer = bytearray()
 
     def exactly(self, count: int) -> bytes:

@@ -16,7 +16,7 @@ import msgspec
 
 from banger import files
 from banger.catalog.bundle import BadBundle, bad_bundle, unpack_bundle
-from banger.catalog.download import download, read_document
+from banger.catalog.download import fetch_file, read_document
 from banger.catalog.index import (
     MOST_INDEX_BYTES,
     MOST_SIGNATURE_BYTES,
@@ -108,7 +108,7 @@ def fetch_bundle(
     downloaded file is removed.
 
     Raises:
-        BangerError: as `download`; operation_failed, reasons bad_bundle and disk_full.
+        BangerError: as `fetch_file`; operation_failed, reasons bad_bundle and disk_full.
     """
     what = f"the bundle {entry.file}"
 
@@ -127,7 +127,7 @@ def fetch_bundle(
         with archive.open("w+b") as f:
             with _http(source, job) as http:
                 url = urllib.parse.urljoin(source.url, entry.file)
-                download(http, url, f, size=entry.size_bytes, sha256=entry.sha256, job=job)
+                fetch_file(http, url, f, size=entry.size_bytes, sha256=entry.sha256, job=job)
             f.seek(0)
             job.stage("unpack", f"unpacking {entry.name}")
             try:

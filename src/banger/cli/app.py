@@ -142,7 +142,7 @@ image = LazyGroup(
         "list": ("image:list_images", "List images."),
         "show": ("image:show", "Show one image's record as JSON."),
         "pull": ("image_pull:pull", "Fetch an image of the catalog, or a container image."),
-        "build": ("image:build", "Build an image from a recipe."),
+        "build": ("image_build:build", "Build an image from a recipe or another image."),
         "register": ("image_files:register", "Make an image of a root filesystem of yours."),
         "promote": ("image_files:promote", "Copy a registered image into banger's storage."),
         "export": ("export:export_image", "Write an image as a bundle that others can pull."),
@@ -171,6 +171,7 @@ kernel = LazyGroup(
         "list": ("kernel:list_kernels", "List kernels."),
         "show": ("kernel:show", "Show one kernel's record as JSON."),
         "pull": ("kernel:pull", "Fetch a kernel: a published one, or from its source."),
+        "build": ("kernel_build:build", "Compile a kernel with everything built in."),
         "import": ("kernel:import_kernel", "Make an entry of a kernel of yours."),
         "export": ("export:export_kernel", "Write a kernel as a bundle that others can pull."),
         "rm": ("kernel:remove", "Remove kernels that nothing refers to."),
@@ -184,7 +185,35 @@ daemon = LazyGroup(
     help="The background process. Commands start it when they need it.",
     lazy={
         "status": ("daemon_commands:status", "Show the daemon, its network and its VMM."),
+        "operations": ("app:operations", "What the daemon does, and how what it did ended."),
         "stop": ("daemon_commands:stop", "End the daemon; VMs run on."),
+    },
+)
+
+
+@click.pass_context
+def _list_operations(context: click.Context, as_json: bool) -> Any:
+    if context.invoked_subcommand is None:
+        command = operations.get_command(context, "list")
+        assert command is not None
+        return context.invoke(command, as_json=as_json)
+    return None
+
+
+operations = LazyGroup(
+    name="operations",
+    context_settings=_SETTINGS,
+    invoke_without_command=True,
+    callback=_list_operations,
+    params=[click.Option(["--json", "as_json"], is_flag=True, help="Print the list as JSON.")],
+    help="What the daemon does, and how what it did in the last ten minutes ended: done, failed "
+    "(safe to retry), or unknown (it may have happened).\n\n\b\n"
+    "banger daemon operations                  list them\n"
+    "banger daemon operations show OPERATION   watch one to its end",
+    lazy={
+        "list": ("daemon_operations:list_operations", "List operations."),
+        "show": ("daemon_operations:show", "Watch one to its end, and tell how it ended."),
+        "cancel": ("daemon_operations:cancel", "Cancel one; what it had made is given back."),
     },
 )
 

@@ -38,6 +38,10 @@ def build_outside(refusal: BangerError, params: Any, on_event: OnEvent) -> None:
         "--state", str(paths.state), "--cache", str(paths.cache),
         "image", recipe,
     ]  # fmt: skip
+    if isinstance(params, p.BuildImage):
+        argv += [f"--package={name}" for name in params.packages]
+        argv += [f"--feature={name}" for name in params.features]
+        argv += [f"--script={path}" for path in params.scripts]
     builder = popen(argv, stdout=subprocess.PIPE)
     assert builder.stdout is not None
     error: BangerError | None = None

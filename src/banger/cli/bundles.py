@@ -28,6 +28,7 @@ from banger.catalog.index import (
 from banger.cli.draw import print_json, progress
 from banger.cli.server import Server
 from banger.errors import BangerError
+from banger.files import sync_directory, sync_file
 from banger.units import format_size
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ def export(
             size_bytes=size,
         )
         temporary.chmod(0o644)
+        sync_file(temporary)
         temporary.replace(file)
+        sync_directory(output)
     if index is not None and key is not None:
         new = with_entry(old, entry)
         publish_index(index, new, key)

@@ -54,6 +54,9 @@ class _Plain:
 
     def __call__(self, event: dict[str, Any]) -> None:
         _only_warnings(event)
+        if "output" in event:
+            sys.stderr.write(f"{event['output']}\n")
+            sys.stderr.flush()
         if "stage" not in event:
             return
         now = time.monotonic()
@@ -79,6 +82,8 @@ def _live() -> Iterator[Painter]:
             nonlocal label
             if "warning" in event:
                 console.print(f"banger: warning: {event['warning']}", markup=False)
+            if "output" in event:
+                console.print(event["output"], markup=False, highlight=False, soft_wrap=True)
             if "stage" in event:
                 detail = f" ({event['detail']})" if event.get("detail") else ""
                 label = escape(event["label"] + detail)

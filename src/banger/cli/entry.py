@@ -9,6 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from banger.errors import BangerError
 
 # Imports make many objects and no garbage; collecting among them costs a fifth of a short command.
 _GC_THRESHOLD = 100_000
@@ -47,7 +51,7 @@ def _run(argv: list[str]) -> int:
 
     from banger.cli.app import app
     from banger.cli.guest_command import GuestCommand, split
-    from banger.errors import BangerError
+    from banger.errors import BangerError, find_disk_full
 
     if os.environ.get("_BANGER_COMPLETE", "").startswith("powershell"):
         import banger.cli.completion  # noqa: F401 - a shell that click does not know by itself
@@ -66,18 +70,29 @@ def _run(argv: list[str]) -> int:
     except click.ClickException as e:
         e.show()
         return 1
-    except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("banger: interrupted\n")
+    except (click.Abort, KeyboardInterrupt) as e:
+        # click raises its own of a KeyboardInterrupt, which may say what became of the call.
+        notes = getattr(e.__cause__ or e, "__notes__", [])
+        sys.stderr.write("\n".join(["banger: interrupted", *notes]) + "\n")
         return 130
     except BrokenPipeError:
         # The reader of our output has gone; Python would complain again while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BangerError as e:
-        from banger.cli.errors import show_error
-
-        show_error(e, as_json="--json" in ours)
+        _show(find_disk_full(e) or e, ours)
         return 2 if e.reason == "usage" else 1
+    except OSError as e:
+        if full := find_disk_full(e, doing="banger"):
+            _show(full, ours)
+            return 1
+        raise
+
+
+def _show(error: BangerError, ours: list[str]) -> None:
+    from banger.cli.errors import show_error
+
+    show_error(error, as_json="--json" in ours)
 
 
 if __name__ == "__main__":

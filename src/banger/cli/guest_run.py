@@ -100,10 +100,12 @@ def _what_became_of(vm: VmRecord, machine: int | None, lost: BangerError) -> Ban
             f"VM {vm.name}: the machine ended while the command ran",
             hint=f"banger vm logs {vm.name}",
             reason="connection_lost",
+            outcome="unknown",
         )
     return BangerError(
         "operation_failed",
         f"VM {vm.name}: {lost.message}; what became of the command is unknown",
         hint=f"banger vm exec {vm.name} -- ps ax",
         reason="connection_lost",
+        outcome="unknown",
     )

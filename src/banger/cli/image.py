@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,7 +11,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import ImageRecord
 from banger.cli.complete import IMAGE
-from banger.cli.draw import print_json, progress, quiet_option, table, verbose_option
+from banger.cli.draw import print_json, table
 from banger.cli.many import each
 from banger.cli.server import Server
 from banger.units import MIB, format_size
@@ -57,46 +56,6 @@ def show(guest: GuestCommand, name: str) -> None:
     """Show one image's record as JSON."""
     guest.refuse()
     print_json(Server().call("image.show", p.NameRef(name=name), ImageRecord))
-
-
-@click.command()
-@click.option("--name", required=True, help="Name of the new image.")
-@click.option("--recipe", required=True, metavar="NAME|FILE", help="What to build it from.")
-@click.option("--force", is_flag=True, help="Replace an image of that name that no VM uses.")
-@_json
-@quiet_option
-@verbose_option
-@click.pass_obj
-def build(
-    guest: GuestCommand,
-    name: str,
-    recipe: str,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
-    """Build an image from a recipe.
-
-    \b
-    banger image build --name debian-bookworm --recipe debian-bookworm
-    """
-    guest.refuse()
-    path = Path(recipe)
-    params = p.BuildImage(
-        name=name, recipe=str(path.absolute()) if path.suffix == ".toml" else recipe, force=force
-    )
-    with (
-        progress(quiet=quiet, verbose=verbose) as painter,
-        Server().stream("image.build", params, painter) as call,
-    ):
-        image = call.result(ImageRecord)
-    for missing in image.optional_missing:
-        sys.stderr.write(f"banger: warning: the optional {missing} could not be had\n")
-    if as_json:
-        print_json(image)
-    else:
-        sys.stdout.write(f"{image.name} {format_size(-(-image.rootfs_bytes // MIB) * MIB)}\n")
 
 
 @click.command()

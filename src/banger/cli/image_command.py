@@ -15,7 +15,9 @@ from banger.errors import BangerError
 if TYPE_CHECKING:
     from banger.api.records import ImageConfig
 
-_FILES = ("oci-archive:", "docker-archive:", "oci:")
+_FILES = ("oci-archive:", "docker-archive:", "oci:", "archive:")
+# Perhaps a repository: a place holds a slash.
+_UNCLEAR = ("oci:", "archive:")
 
 
 def command_options(command: Any) -> Any:
@@ -73,7 +75,6 @@ def absolute_image(image: str) -> str:
     """An image as the daemon understands it: paths of archives are absolute."""
     for scheme in _FILES:
         rest = image.removeprefix(scheme)
-        # `oci:v1` is a tag of a repository; a place holds a slash.
-        if rest != image and rest and (scheme != "oci:" or "/" in rest):
+        if rest != image and rest and (scheme not in _UNCLEAR or "/" in rest):
             return scheme + str(Path(rest).expanduser().absolute())
     return image

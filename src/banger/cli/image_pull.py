@@ -30,6 +30,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the result a
 @click.option(
     "--platform", default="linux/amd64", show_default=True, help="Which of several to take."
 )
+@click.option(
+    "--install-sshd",
+    is_flag=True,
+    help="VMs of it with --nat install openssh-server at their first boot.",
+)
 @click.option("--force", is_flag=True, help="Replace an image of that name that no VM uses.")
 @_json
 @quiet_option
@@ -41,6 +46,7 @@ def pull(
     name: str | None,
     kernel_ref: str | None,
     platform: str,
+    install_sshd: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -54,6 +60,7 @@ def pull(
     banger image pull registry.example:5000/team/app@sha256:…
     banger image pull oci-archive:app.tar         or oci:DIR[:TAG]
     banger image pull docker-archive:saved.tar    what `docker save` writes
+    banger image pull archive:rootfs.tar.xz       either of these, or a plain root filesystem
     """
     guest.refuse()
     params = p.PullImage(
@@ -61,6 +68,7 @@ def pull(
         name=name,
         kernel_ref=kernel_ref,
         platform=platform,
+        install_sshd=install_sshd,
         force=force,
     )
     with (
@@ -79,13 +87,18 @@ def pull(
 @_json
 @click.pass_obj
 def prune(guest: GuestCommand, dry_run: bool, as_json: bool) -> None:
-    """Free what pulls keep for the next pull; stored images need none of it."""
+    """Free what pulls keep for the next pull; stored images need none of it.
+
+    Pulls keep it below oci_cache_limit themselves: what was not used for longest goes first.
+    """
     guest.refuse()
     done = Server().call("image.cache.prune", p.PruneCache(dry_run=dry_run), r.PrunedCache)
     if as_json:
         print_json(done)
         return
     verb = "would free" if dry_run else "freed"
+    used = f"; {done.in_use_blobs} more, {format_size(done.in_use_bytes)}, are in use"
     sys.stdout.write(
-        f"{verb} {format_size(done.bytes)} in {done.blobs} blobs of {done.directory}\n"
+        f"{verb} {format_size(done.bytes)} in {done.blobs} blobs of {done.directory} "
+        f"(limit {format_size(done.limit_bytes)}{used if done.in_use_blobs else ''})\n"
     )

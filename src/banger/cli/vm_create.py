@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from banger.api import params as p
+from banger.api.operations import Detached
 from banger.api.records import VmRecord
 from banger.cli import sizing
 from banger.cli.complete import IMAGE
 from banger.cli.draw import print_json, progress, quiet_option, verbose_option
+from banger.cli.errors import warn
 from banger.cli.image_command import absolute_image
 from banger.cli.server import Server
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 @click.option("--nat", is_flag=True, help="Let it reach the outside through this host.")
 @click.option("--no-start", is_flag=True, help="Only create it.")
 @click.option("--allow-overcommit", is_flag=True, help="Start although the memory budget says no.")
+@click.option(
+    "--detach", is_flag=True, help="Do not wait; print the id of the operation that creates it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @quiet_option
 @verbose_option
@@ -43,6 +48,7 @@ def create(
     nat: bool,
     no_start: bool,
     allow_overcommit: bool,
+    detach: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -68,13 +74,18 @@ def create(
         nat=nat,
         start=not no_start,
         allow_overcommit=allow_overcommit,
+        detach=detach,
     )
     with (
         progress(quiet=quiet, verbose=verbose) as painter,
         Server().stream("vm.create", params, painter) as call,
     ):
-        vm = call.result(VmRecord)
+        made: Any = call.result(Detached if detach else VmRecord)
     if as_json:
-        print_json(vm)
+        print_json(made)
+    elif detach:
+        sys.stdout.write(f"{made.op_id}\n")
+        if not quiet:
+            warn(f"wait for it with: banger daemon operations show {made.op_id}")
     else:
-        sys.stdout.write(f"{vm.name}\n")
+        sys.stdout.write(f"{made.name}\n")

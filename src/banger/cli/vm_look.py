@@ -39,7 +39,7 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
         rows = [
             (
                 vm.name,
-                vm.state,
+                f"{vm.state} (paused)" if vm.paused else vm.state,
                 vm.image,
                 vm.address or "-",
                 str(vm.vcpu),
@@ -54,6 +54,11 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
             "NAME", "STATE", "IMAGE", "ADDRESS", "VCPU", "MEMORY", "DISK", "WORKSPACE", "CREATED",
         )  # fmt: skip
         sys.stdout.write(table(headers, rows))
+        for vm in vms:
+            if vm.paused:
+                sys.stderr.write(f"banger: warning: VM {vm.name} is paused: {vm.paused}\n")
+        for warning in sorted({vm.warning for vm in vms if vm.warning}):
+            sys.stderr.write(f"banger: warning: {warning}\nhint: banger vm prune\n")
 
 
 @click.command()
@@ -94,7 +99,7 @@ def _each_json(method: str, vms: tuple[str, ...], kind: Any) -> int:
 @_vms
 @click.pass_obj
 def stats(guest: GuestCommand, vms: tuple[str, ...]) -> int:
-    """Show figures of running VMs as JSON: VMM, disks, guest."""
+    """Show figures of running VMs as JSON: processor, memory, disks, network, guest."""
     guest.refuse()
     return _each_json("vm.stats", vms, r.VmStats)
 

@@ -18,6 +18,7 @@ from banger.cli.draw import print_json, progress, quiet_option, verbose_option
 from banger.cli.errors import warn
 from banger.cli.server import Server
 from banger.errors import BangerError
+from banger.files import new_file
 from banger.units import format_size
 
 if TYPE_CHECKING:
@@ -206,15 +207,11 @@ def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Callable[[bytes], object]]:
     """A file that gets its name when it is whole; a failure leaves the old one."""
-    temporary = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}")
     try:
-        with temporary.open("xb") as f:
+        with new_file(path, mode=0o666) as f:
             yield f.write
-        temporary.replace(path)
     except OSError as e:
         raise BangerError("operation_failed", f"writing {path}: {e.strerror}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _PLAIN, _BOLD, _RED, _GREEN, _CYAN = "\x1b[m", "\x1b[1m", "\x1b[31m", "\x1b[32m", "\x1b[36m"

@@ -81,8 +81,18 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.runtime / "start.lock"
 
     @property
+    def operations(self) -> Path:
+        """The journal of operations; it outlives the daemon, and not the host."""
+        return self.runtime / "operations.jsonl"
+
+    @property
     def daemon_log(self) -> Path:
         return self.state / "bangerd.log"
+
+    @property
+    def helper_log(self) -> Path:
+        """What a root helper that is our child appends to; a service has the journal."""
+        return self.state / "banger-root.log"
 
     @property
     def leases(self) -> Path:

@@ -31,6 +31,8 @@ _PATH_KEYS = ("firecracker_bin", "jailer_bin", "jailer_chroot_base", "ssh_key_pa
 # Read by what runs as root, which believes no file of the owner's.
 _HOST_KEYS = ("jailer_chroot_base",)
 _MOST_POOLED = 64
+# Less would stop VMs between two commands.
+_LEAST_STALE_S = 60
 _MOST_HOST_PORTS = 32
 _MOST_INDEX_KEYS = 2
 
@@ -66,8 +68,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_image_name: str = "debian-bookworm"
     default_kernel_ref: str = "debian-6.12-cloud"
     oci_default_registry: str = "docker.io"
+    oci_cache_limit: str = "10G"
     index_url: str = ""
     index_keys: tuple[str, ...] = ()
+    auto_stop_stale_after: str = "0"
+    stats_poll_interval: str = "10s"
     bridge_name: str = "br-fc"
     bridge_ip: str = "172.16.0.1"
     cidr: int = 24
@@ -117,12 +122,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("memory_budget_percent must be 10 to 95")
         _check_index(self.index_url, self.index_keys)
         parse_size(self.disk_reserve)
+        parse_size(self.oci_cache_limit)
         parse_duration(self.ready_timeout)
         parse_duration(self.stop_timeout)
+        if 0 < parse_duration(self.auto_stop_stale_after) < _LEAST_STALE_S:
+            raise ValueError(f"auto_stop_stale_after must be 0 or at least {_LEAST_STALE_S} s")
+        if parse_duration(self.stats_poll_interval) < 1:
+            raise ValueError("stats_poll_interval must be at least 1s")
 
     @property
     def disk_reserve_bytes(self) -> int:
         return parse_size(self.disk_reserve)
+
+    @property
+    def auto_stop_stale_after_s(self) -> float:
+        """0: VMs are never stopped for want of use."""
+        return parse_duration(self.auto_stop_stale_after)
+
+    @property
+    def stats_poll_interval_s(self) -> float:
+        return parse_duration(self.stats_poll_interval)
+
+    @property
+    def oci_cache_limit_bytes(self) -> int:
+        return parse_size(self.oci_cache_limit)
 
     @property
     def ready_timeout_s(self) -> float:

@@ -1,4 +1,4 @@
-"""`python -m banger.daemon.builder --state DIR --cache DIR image RECIPE | kernel NAME`.
+"""`python -m banger.daemon.builder --state DIR --cache DIR image RECIPE [OPTIONS] | kernel NAME`.
 
 The daemon's own code for stored things, in a process of its own: for commands on a host where the
 daemon's service may not start what a build needs (new privileges for user namespaces). An image is
@@ -24,6 +24,7 @@ from banger.api.envelope import WireError
 from banger.config.paths import Paths
 from banger.errors import BangerError
 from banger.image.build import build_artefact
+from banger.image.features import Extras, read_extras
 from banger.image.recipe import load_recipe
 from banger.kernel.pull import ensure_kernel
 
@@ -47,10 +48,10 @@ class Lines:
             sys.stdout.buffer.flush()
 
 
-async def build(paths: Paths, kind: str, what: str, lines: Lines) -> None:
+async def build(paths: Paths, kind: str, what: str, lines: Lines, extras: Extras) -> None:
     """Do the one thing that was asked for. Raises BangerError as the services do."""
     work = asyncio.create_task(
-        build_artefact(paths, load_recipe(what), reporter=lines)
+        build_artefact(paths, load_recipe(what), reporter=lines, extras=extras)
         if kind == "image"
         else _kernel(paths, what, lines)
     )
@@ -71,6 +72,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("kind", choices=("image", "kernel"))
     parser.add_argument("what")
+    for option in ("--package", "--feature", "--script"):
+        parser.add_argument(option, action="append", default=[])
     options = parser.parse_args()
     os.umask(0o077)
     paths = Paths(
@@ -78,7 +81,10 @@ def main() -> int:
     )
     lines = Lines()
     try:
-        asyncio.run(build(paths, options.kind, options.what, lines))
+        extras = read_extras(
+            tuple(options.package), tuple(options.feature), tuple(map(Path, options.script))
+        )
+        asyncio.run(build(paths, options.kind, options.what, lines, extras))
     except BangerError as e:
         lines.write({"error": msgspec.to_builtins(WireError.of(e))})
         return 1

@@ -6,6 +6,7 @@ lists. Whoever asks hears in one line what was chosen and why.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,15 @@ from banger.api import catalog as c
 from banger.api import params as p
 from banger.catalog.index import Index, IndexEntry, Kind
 from banger.catalog.published import Published
-from banger.daemon import confinement, container_images
+from banger.daemon import confinement, container_images, image_builds
 from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import delete_image, find_image, list_images
 from banger.image.recipe import list_recipes, load_recipe
-from banger.kernel.entries import find_kernel, list_kernels
+from banger.kernel.build import build_kernel, plan_build
+from banger.kernel.build_recipe import find_build_recipe, list_build_recipes
+from banger.kernel.entries import list_kernels, refuse_existing
 from banger.kernel.pull import CATALOG, ensure_kernel, find_catalog_kernel, pull_kernel
 from banger.oci.reference import is_explicit
 from banger.progress import Silent
@@ -113,6 +116,8 @@ async def obtain_image(
             report.warn(f"no bundle of the image {name}, so it is built here: {problem}")
             why = "its bundle could not be had"
         report.stage("resolve_image", f"building the image {name} from its recipe: {why}")
+        if not load_recipe(name).recipe.bootstrapped:
+            return await _build_in_machine(daemon, name, report, target, replaced)
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
         if replaced is not None:
             await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
@@ -127,6 +132,19 @@ async def obtain_image(
         raise problem
     known = [*recipes, *looked.names("image"), *(i.name for i in list_images(daemon.paths))]
     raise _unknown("image", name, known, hint="banger image list")
+
+
+async def _build_in_machine(
+    daemon: Daemon, name: str, report: Reporter, target: str, replaced: ImageRecord | None
+) -> ImageRecord:
+    # Of two who want it at once, the second takes what the first has made.
+    async with daemon.image_locks.setdefault(target, asyncio.Lock()):
+        found = find_image(daemon.paths, target)
+        if found is not None and (replaced is None or found.id != replaced.id):
+            return found
+        return await image_builds.build_in_machine(
+            daemon, report, load_recipe(name), build.NO_EXTRAS, name=target, replaced=replaced
+        )
 
 
 async def obtain_kernel(
@@ -159,9 +177,25 @@ async def obtain_kernel(
         if force:
             return await pull_kernel(daemon.paths, name, reporter=report, force=True)
         return await ensure_kernel(daemon.paths, name, reporter=report)
+    if (recipe := find_build_recipe(name)) is not None:
+        if problem is not None:
+            report.warn(f"no bundle of the kernel {name}, so it is built here: {problem}")
+            why = "its bundle could not be had"
+        report.stage("resolve_kernel", f"building the kernel {name}, which takes minutes: {why}")
+        return await build_kernel(
+            daemon.paths,
+            plan_build(name, recipe),
+            reporter=report,
+            force=force,
+            reserve_bytes=daemon.settings.disk_reserve_bytes,
+        )
     if problem is not None:
         raise problem
-    known = [*(k.name for k in CATALOG), *looked.names("kernel")]
+    known = [
+        *(k.name for k in CATALOG),
+        *(k.name for k in list_build_recipes()),
+        *looked.names("kernel"),
+    ]
     raise _unknown("kernel", name, known, hint="banger kernel list --available")
 
 
@@ -176,10 +210,11 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             if looked.problem is not None:
                 call.warn(f"whether {name} is in the catalog is not known: {looked.problem}")
             return await container_images.image_pull(daemon, call, params)
-    if params.kernel_ref is not None:
+    if params.kernel_ref is not None or params.install_sshd:
+        what = "names its kernel" if params.kernel_ref is not None else "brings its sshd"
         raise BangerError(
             "bad_request",
-            f"pulling {name}: an image of the catalog names its kernel itself",
+            f"pulling {name}: an image of the catalog {what} itself",
             hint=f"banger image pull {name}",
         )
     target = params.name or name
@@ -199,12 +234,7 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
 
 async def kernel_pull(daemon: Daemon, call: Call, params: p.PullKernel) -> KernelRecord:
     """`kernel.pull`: refused without `force` when the entry is here."""
-    if not params.force and find_kernel(daemon.paths, params.name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {params.name} is here already",
-            hint=f"banger kernel show {params.name}",
-        )
+    refuse_existing(daemon.paths, params.name, force=params.force)
     return await obtain_kernel(daemon, params.name, call, force=params.force)
 
 
@@ -216,6 +246,12 @@ async def kernel_catalog(daemon: Daemon, call: Call, _: p.Empty) -> c.KernelCata
         rows[known.name] = c.AvailableKernel(
             name=known.name, distro=known.distro, arch=known.arch, pulled=False, version=None,
             size_bytes=None, source=f"apt: {known.suite}", description=known.description,
+        )  # fmt: skip
+    for recipe in list_build_recipes():
+        rows[recipe.name] = c.AvailableKernel(
+            name=recipe.name, distro=recipe.distro, arch=recipe.arch, pulled=False, version=None,
+            size_bytes=None, source=f"built from apt: {recipe.package}",
+            description=recipe.description,
         )  # fmt: skip
     for entry in looked.index.entries if looked.index and looked.source else ():
         if entry.kind == "kernel":

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
-from banger.image.build import is_built
+from banger.image.build import NO_EXTRAS, is_built
 
 if TYPE_CHECKING:
     from banger.config.paths import Paths
+    from banger.image.features import Extras
     from banger.image.recipe import LoadedRecipe
 
 _STATUS = Path("/proc/self/status")
@@ -23,7 +24,9 @@ def has_no_new_privileges(status: Path = _STATUS) -> bool:
         return any(line.split() == ["NoNewPrivs:", "1"] for line in f)
 
 
-async def refuse_build(paths: Paths, recipe: LoadedRecipe, name: str) -> None:
+async def refuse_build(
+    paths: Paths, recipe: LoadedRecipe, name: str, extras: Extras = NO_EXTRAS
+) -> None:
     """Refuse to build an image where newuidmap cannot work, unless it was built already.
 
     Raises:
@@ -32,7 +35,7 @@ async def refuse_build(paths: Paths, recipe: LoadedRecipe, name: str) -> None:
     """
     if os.geteuid() == 0 or not has_no_new_privileges():
         return
-    if await asyncio.to_thread(is_built, paths, recipe):
+    if await asyncio.to_thread(is_built, paths, recipe, extras):
         return
     raise BangerError(
         "operation_failed",

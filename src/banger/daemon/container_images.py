@@ -11,7 +11,7 @@ from banger.image.cache import prune_cache
 from banger.image.entries import find_image
 from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
 from banger.kernel.entries import find_kernel
-from banger.kernel.pull import find_catalog_kernel
+from banger.kernel.known import is_known_kernel
 from banger.oci.reference import FileReference
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRecord:
     """`image.pull`: the image of a reference, pulled unless it is here unchanged."""
-    plan = _plan(daemon, params)
-    if plan.replace and (existing := find_image(daemon.paths, plan.name)) is not None:
+    wanted = plan(daemon, params, again=params.force)
+    if wanted.replace and (existing := find_image(daemon.paths, wanted.name)) is not None:
         refuse_in_use(daemon, existing)
-    if find_kernel(daemon.paths, plan.kernel_ref) is None and not find_catalog_kernel(
-        plan.kernel_ref
+    if find_kernel(daemon.paths, wanted.kernel_ref) is None and not is_known_kernel(
+        wanted.kernel_ref
     ):
         raise BangerError(
             "not_found",
-            f"there is no kernel {plan.kernel_ref!r}, here or in the catalog",
+            f"there is no kernel {wanted.kernel_ref!r}, here or in the catalog",
             hint="banger kernel list --available",
         )
-    return await pull_image(daemon.paths, plan, reporter=call)
+    return await pull_image(daemon.paths, wanted, reporter=call)
 
 
 async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> ImageRecord:
@@ -46,20 +46,21 @@ async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> Ima
     Raises:
         BangerError: as `pull_image`.
     """
-    plan = _plan(daemon, p.PullImage(reference=reference))
-    found = find_pulled(daemon.paths, plan)
+    wanted = plan(daemon, p.PullImage(reference=reference))
+    found = find_pulled(daemon.paths, wanted)
     if found is not None:
-        if not isinstance(plan.reference, FileReference):
+        if not isinstance(wanted.reference, FileReference):
             return found
         free = not any(vm.image_id == found.id for vm in daemon.store.list())
-        plan = _plan(daemon, p.PullImage(reference=reference, name=found.name, force=free))
-    report.stage("resolve_image", f"pulling the image {plan.reference}")
-    return await pull_image(daemon.paths, plan, reporter=report)
+        wanted = plan(daemon, p.PullImage(reference=reference, name=found.name, force=free))
+    report.stage("resolve_image", f"pulling the image {wanted.reference}")
+    return await pull_image(daemon.paths, wanted, reporter=report)
 
 
 async def cache_prune(daemon: Daemon, call: Call, params: p.PruneCache) -> r.PrunedCache:
     """`image.cache.prune`: frees what pulls keep for the next pull."""
-    return await prune_cache(daemon.paths, dry_run=params.dry_run)
+    limit_bytes = daemon.settings.oci_cache_limit_bytes
+    return await prune_cache(daemon.paths, limit_bytes=limit_bytes, dry_run=params.dry_run)
 
 
 def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
@@ -74,13 +75,17 @@ def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
         )
 
 
-def _plan(daemon: Daemon, params: p.PullImage) -> PullPlan:
+def plan(daemon: Daemon, params: p.PullImage, *, again: bool = False) -> PullPlan:
+    """What a pull does, with the settings of this daemon. Raises BangerError, bad_request."""
     return plan_pull(
         params.reference,
         default_registry=daemon.settings.oci_default_registry,
         kernel_ref=params.kernel_ref or daemon.settings.default_kernel_ref,
         name=params.name,
         platform=params.platform,
+        install_sshd=params.install_sshd,
         replace=params.force,
+        again=again,
         reserve_bytes=daemon.settings.disk_reserve_bytes,
+        cache_limit_bytes=daemon.settings.oci_cache_limit_bytes,
     )

@@ -1,7 +1,7 @@
 """One daemon: its rooms, made once, and the order in which they come up and go down.
 
-It may be killed at any moment: VMs run on, and the next daemon adopts them. Idle it does nothing:
-no timer ticks, everything waits for a socket, a process or a guest.
+It may be killed at any moment: VMs run on, and the next daemon adopts them. While no VM runs it
+does nothing: no timer ticks, everything waits for a socket or a process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from banger import __version__
 from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
+from banger.daemon.image_builds import remove_abandoned_bases
+from banger.daemon.leftovers import sweep_leftovers
 from banger.daemon.names import Names
+from banger.daemon.sweeps import Sweeps
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.guest.announce import Announcements
@@ -76,6 +79,9 @@ class Daemon:
             jailing=self.jailing,
             names=self.names,
         )
+        self.sweeps = Sweeps(
+            self.vms, helper_log=paths.helper_log if paths.mode == "user" else None
+        )
         self._git_identity: GitIdentity | None = None
         self._verdict: Verdict | None = None
         self._driver: Driver | None = None
@@ -84,6 +90,9 @@ class Daemon:
         self.server: Server | None = None
         self.workspace_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
+
+        self.image_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Image name → the order of builds of it that take a machine."""
 
     @classmethod
     async def open(cls, paths: Paths) -> Daemon:
@@ -96,7 +105,7 @@ class Daemon:
                 pool_size=settings.tap_pool_size,
             )
         else:
-            host = await Host.open(ledger=paths.leases, log=paths.state / "banger-root.log")
+            host = await Host.open(ledger=paths.leases, log=paths.helper_log)
         return cls(paths, host, settings)
 
     @property
@@ -194,7 +203,9 @@ class Daemon:
         """Reconcile, serve until asked to stop, and leave every running VM alone."""
         self.server = server
         await self.names.open()
+        await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)
+        remove_abandoned_bases(self)
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:
@@ -204,9 +215,11 @@ class Daemon:
         tell_ready()
         log.info("bangerd %s listens at %s (pid %d)", __version__, server.path, os.getpid())
         serving = asyncio.create_task(server.serve())
+        sweeping = asyncio.create_task(self.sweeps.run())
         await self.stopping.wait()
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        for task in (serving, sweeping):
+            task.cancel()
+        await asyncio.gather(serving, sweeping, return_exceptions=True)
         await server.close()
         for guard in list(self._guards):
             guard.cancel()  # the owner's own delete, or the next daemon, takes care of its VM

@@ -10,10 +10,14 @@ from banger.daemon import catalog
 from banger.errors import BangerError
 from banger.image.published import export_image
 from banger.image.register import check_rootfs, promote_image, refuse_existing, register_image
+from banger.kernel.build import build_kernel, plan_build
+from banger.kernel.build_recipe import get_build_recipe
 from banger.kernel.entries import delete_kernel, find_kernel
+from banger.kernel.fragment import parse_fragment
 from banger.kernel.given import GivenKernel, make_kernel, plan_import
+from banger.kernel.known import is_known_kernel
 from banger.kernel.published import export_kernel
-from banger.kernel.pull import find_catalog_kernel
+from banger.kernel.sources import plan_tarball
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ async def image_register(daemon: Daemon, call: Call, params: c.RegisterImage) ->
     if kernel_ref is None:
         kernel_ref = (await _make_kernel(daemon, call, params)).name
     else:
-        await _refuse_unknown(daemon, call, kernel_ref)
+        await refuse_unknown_kernel(daemon, call, kernel_ref)
     try:
         return await register_image(
             daemon.paths,
@@ -87,8 +91,9 @@ async def _make_kernel(daemon: Daemon, call: Call, params: c.RegisterImage) -> K
     )
 
 
-async def _refuse_unknown(daemon: Daemon, call: Call, kernel: str) -> None:
-    if find_kernel(daemon.paths, kernel) is not None or find_catalog_kernel(kernel) is not None:
+async def refuse_unknown_kernel(daemon: Daemon, call: Call, kernel: str) -> None:
+    """Raises BangerError, not_found, for a kernel that is neither here nor in the catalog."""
+    if find_kernel(daemon.paths, kernel) is not None or is_known_kernel(kernel):
         return
     looked = await catalog.look(daemon, call)
     if looked.problem is not None:
@@ -135,6 +140,37 @@ async def kernel_import(daemon: Daemon, call: Call, params: c.ImportKernel) -> K
     return await make_kernel(
         daemon.paths,
         given,
+        force=params.force,
+        reserve_bytes=daemon.settings.disk_reserve_bytes,
+        reporter=call,
+    )
+
+
+async def kernel_build(daemon: Daemon, call: Call, params: c.BuildKernel) -> KernelRecord:
+    """`kernel.build`: an entry compiled from a recipe's sources."""
+    if params.signature is not None and params.source is None:
+        raise BangerError(
+            "bad_request",
+            "a signature is that of a tarball: it takes both files",
+            hint="banger kernel build --help",
+        )
+    added = parse_fragment(params.fragment or "", what="the configuration fragment")
+    key = params.signing_key
+    build = plan_build(
+        params.name or params.recipe,
+        get_build_recipe(params.recipe),
+        added=added,
+        jobs=params.jobs,
+        tarball=plan_tarball(
+            Path(params.source), Path(params.signature) if params.signature else None
+        )
+        if params.source
+        else None,
+        signing_key=key.encode() if key is not None else None,
+    )
+    return await build_kernel(
+        daemon.paths,
+        build,
         force=params.force,
         reserve_bytes=daemon.settings.disk_reserve_bytes,
         reporter=call,

@@ -5,7 +5,9 @@ A handler decodes nothing and draws nothing: it gets typed parameters and return
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import msgspec
 
 from banger import __version__
 from banger.api import catalog as c
+from banger.api import operations as o
 from banger.api import params as p
 from banger.api import results as r
 from banger.api import sessions as s
@@ -23,6 +26,7 @@ from banger.daemon import (
     catalog,
     container_images,
     given,
+    operations,
     runs,
     sessions,
     stored,
@@ -32,7 +36,7 @@ from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
 from banger.store.vms import now_text
-from banger.vm import observe
+from banger.vm import idle, observe, space
 from banger.vm.change import change
 from banger.vm.cleanup import is_live, settled
 from banger.vm.create import check_create, create
@@ -55,26 +59,35 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
     """Name → parameters, handler, streaming (spec 3.7). A contract test pins it."""
 
     def method(
-        params: type, handler: Callable[..., Awaitable[Any]], *, streams: bool = False
+        params: type,
+        handler: Callable[..., Awaitable[Any]],
+        *,
+        streams: bool = False,
+        finishes: bool = False,
     ) -> Method:
         async def bound(call: Call, decoded: Any) -> Any:
+            await daemon.sweeps.check_clocks()
             return await handler(daemon, call, decoded)
 
-        return Method(params=params, handler=bound, streams=streams)
+        return Method(params=params, handler=bound, streams=streams, finishes=finishes)
 
     return {
         "ping": method(p.Empty, _ping),
         "shutdown": method(p.Empty, _shutdown),
         "daemon.status": method(p.Empty, _status),
         "daemon.doctor": method(p.Doctor, doctor),
+        "daemon.operations.list": method(p.Empty, operations.list_operations),
+        "daemon.operations.show": method(o.OperationRef, operations.show, streams=True),
+        "daemon.operations.cancel": method(o.OperationRef, operations.cancel),
         "vm.run": method(p.RunVm, runs.run, streams=True),
         "vm.create": method(p.CreateVm, _create, streams=True),
         "vm.start": method(p.StartVm, _start, streams=True),
-        "vm.stop": method(p.StopVm, _stop),
+        "vm.stop": method(p.StopVm, _stop, finishes=True),
         "vm.restart": method(p.StartVm, _restart, streams=True),
-        "vm.kill": method(p.KillVm, _kill),
-        "vm.delete": method(p.VmRef, _delete),
+        "vm.kill": method(p.KillVm, _kill, finishes=True),
+        "vm.delete": method(p.VmRef, _delete, finishes=True),
         "vm.set": method(p.SetVm, _set),
+        "vm.touch": method(p.VmRef, _touch),
         "vm.list": method(p.Empty, _list),
         "vm.show": method(p.VmRef, _show),
         "vm.stats": method(p.VmRef, _stats),
@@ -110,6 +123,7 @@ def build_methods(daemon: Daemon) -> dict[str, Method]:
         "kernel.show": method(p.NameRef, stored.kernel_show),
         "kernel.pull": method(p.PullKernel, catalog.kernel_pull, streams=True),
         "kernel.delete": method(p.NameRef, stored.kernel_delete),
+        "kernel.build": method(c.BuildKernel, given.kernel_build, streams=True),
         "kernel.import": method(c.ImportKernel, given.kernel_import, streams=True),
         "kernel.export": method(p.NameRef, given.kernel_export, streams=True),
         "kernel.catalog": method(p.Empty, catalog.kernel_catalog),
@@ -127,7 +141,7 @@ async def _shutdown(daemon: Daemon, call: Call, _: p.Empty) -> None:
         raise BangerError(
             "operation_failed",
             f"the daemon has {max(others, daemon.vms.busy)} operations under way",
-            hint="banger daemon status",
+            hint="banger daemon operations",
             reason="in_use",
         )
     # After the answer, so that the client knows it was heard.
@@ -146,6 +160,8 @@ async def _status(daemon: Daemon, call: Call, _: p.Empty) -> r.DaemonStatus:
         log=_log_of(daemon),
         uptime_s=round(time.monotonic() - daemon.started, 1),
         rss_bytes=rss,
+        threads=threading.active_count(),
+        tasks=len(asyncio.all_tasks()),
         vms_running=sum(is_live(daemon.vms, vm) for vm in daemon.store.list()),
         network=daemon.network,
         network_note=privilege.missing or None,
@@ -166,10 +182,20 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def _create(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord:
+async def _create(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord | o.Detached:
     check_create(params)
+    work = _create_now(daemon, call, params)
+    if not params.detach:
+        return await work
+    assert daemon.server is not None
+    return daemon.server.detach(call, work)
+
+
+async def _create_now(daemon: Daemon, call: Call, params: p.CreateVm) -> VmRecord:
     image = await stored.ensure_image(daemon, params.image, call)
-    return await create(daemon.vms, params, image, call)
+    vm = await create(daemon.vms, params, image, call)
+    call.operation.target = vm.name
+    return vm
 
 
 async def _start(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
@@ -187,13 +213,25 @@ async def _stop(daemon: Daemon, call: Call, params: p.StopVm) -> r.Outcome:
     vm, note = await daemon.vms.finish_alone(
         stop(daemon.vms, vm, timeout_s=params.timeout_s), f"stop {vm.name}"
     )
-    return r.Outcome(vm=vm, note=note)
+    return r.Outcome(vm=_ended(vm), note=note)
+
+
+def _ended(vm: VmRecord) -> VmRecord:
+    """Raises BangerError for a VM that could not be brought to an end (spec 4.1, `error`)."""
+    if vm.state == "error":
+        raise BangerError(
+            "operation_failed",
+            f"VM {vm.name}: what it held could not be given back: {vm.last_error}",
+            hint=f"banger vm kill {vm.name}",
+        )
+    return vm
 
 
 async def _restart(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
     vm = daemon.store.resolve(params.vm)
     call.stage("stop", "stopping")
-    _, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+    vm, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+    _ended(vm)
     outcome = await _start(
         daemon, call, p.StartVm(vm=vm.id, allow_overcommit=params.allow_overcommit)
     )
@@ -204,7 +242,7 @@ async def _kill(daemon: Daemon, call: Call, params: p.KillVm) -> r.Outcome:
     check_signal(params.signal)
     vm = daemon.store.resolve(params.vm)
     vm, note = await daemon.vms.finish_alone(kill(daemon.vms, vm, params.signal), f"kill {vm.name}")
-    return r.Outcome(vm=vm, note=note)
+    return r.Outcome(vm=_ended(vm), note=note)
 
 
 async def _delete(daemon: Daemon, call: Call, params: p.VmRef) -> r.Deleted:
@@ -221,13 +259,18 @@ async def _set(daemon: Daemon, call: Call, params: p.SetVm) -> r.SetResult:
     return r.SetResult(vm=vm, at_next_start=later)
 
 
+async def _touch(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
+    return idle.touch(daemon.vms, daemon.store.resolve(params.vm))
+
+
 async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
-    return [await settled(daemon.vms, vm) for vm in daemon.store.list()]
+    vms = [await settled(daemon.vms, vm) for vm in daemon.store.list()]
+    return [space.marked(daemon.vms, vm) for vm in vms]
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
     vm = await settled(daemon.vms, daemon.store.resolve(params.vm))
-    return await bootstrap.settle(daemon, vm)
+    return space.marked(daemon.vms, await bootstrap.settle(daemon, vm))
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:

@@ -51,3 +51,5 @@ def start_logging(path: Path | None, level: str) -> None:
         handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # It writes addresses with their queries, in which registries put signatures.
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)

@@ -14,11 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
-from banger import __version__
+from banger import __version__, faults
 from banger.config.install import read_install_record
 from banger.config.paths import Paths
 from banger.config.system_paths import SYSTEM, SystemPaths
-from banger.errors import BangerError
+from banger.errors import BangerError, find_disk_full
 from banger.files import ensure_private_directory
 
 
@@ -45,8 +45,12 @@ def main(system: SystemPaths = SYSTEM) -> None:
                 hint="systemctl status bangerd",
             ) from e
         _run(paths)
-    except BangerError as e:
-        sys.stderr.write(f"bangerd: {e}\n" + (f"hint: {e.hint}\n" if e.hint else ""))
+    except (BangerError, OSError) as e:
+        error = find_disk_full(e, doing="starting") or e
+        if not isinstance(error, BangerError):
+            raise
+        hint = f"hint: {error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"bangerd: {error}\n{hint}")
         raise SystemExit(1) from e
 
 
@@ -77,12 +81,15 @@ def _run(paths: Paths) -> None:
     from banger.daemon.daemon import Daemon
     from banger.daemon.handlers import build_methods
     from banger.daemon.log import start_logging
+    from banger.rpc.operations import Operations
     from banger.rpc.server import Server
     from banger.system.notify import notify
 
     as_service = paths.mode == "system"
     level = os.environ.get("BANGER_LOG_LEVEL") or read_settings(*paths.config_files).log_level
     start_logging(None if as_service else paths.daemon_log, level)
+    if not as_service:
+        faults.arm_from_environment()
 
     async def serve() -> None:
         daemon = await Daemon.open(paths)
@@ -100,6 +107,7 @@ def _run(paths: Paths) -> None:
             owner_uid=os.geteuid(),
             version=__version__,
             state=paths.state,
+            operations=Operations(paths.operations),
         )
         await daemon.run(server, _tell_systemd if as_service else _tell_ready)
 

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     """Everything of `banger vm run` up to the moment where the guest command can start."""
     check_create(params.create)
+    if params.create.detach:
+        raise BangerError(
+            "bad_request",
+            "vm.run has a connection as its result and cannot be detached",
+            hint="banger vm create --detach",
+        )
     shipment = tools = None
     if params.workspace is not None:
         call.stage("inspect", "inspecting the repository", params.workspace.path)
@@ -41,6 +47,7 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     # In the row from the first moment: no crash leaves a machine that nobody will delete.
     owner = _owner(call.peer_pid) if params.rm else None
     vm = await create(daemon.vms, params.create, image, call, owner=owner)
+    call.operation.target = vm.name
     if owner is not None:
         daemon.guard(vm.id, ProcessRef(pid=owner.pid, start_time=owner.start_time))
     try:
@@ -70,6 +77,7 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
             )
         else:
             e.also.append(f"VM {vm.name} was created and still runs")
+            e.outcome = "unknown"
         raise
 
 

@@ -150,13 +150,7 @@ async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]
     Raises:
         BangerError: not_running; connection_lost; whatever `work` raises.
     """
-    client = daemon.vms.client(vm)
-    loop = asyncio.get_running_loop()
-
-    def connect() -> socket.socket:
-        return asyncio.run_coroutine_threadsafe(client.open(), loop).result(_CONNECT_S)
-
-    guest = GuestFiles(connect, client.request)
+    guest = guest_files(daemon, vm)
 
     async def run() -> T:
         task = asyncio.ensure_future(asyncio.to_thread(work, guest))
@@ -168,6 +162,17 @@ async def in_guest(daemon: Daemon, vm: VmRecord, work: Callable[[GuestFiles], T]
             raise
 
     return await daemon.vms.while_running(vm, run())
+
+
+def guest_files(daemon: Daemon, vm: VmRecord) -> GuestFiles:
+    """The files of a running VM's guest, for a thread. Raises BangerError, not_running."""
+    client = daemon.vms.client(vm)
+    loop = asyncio.get_running_loop()
+
+    def connect() -> socket.socket:
+        return asyncio.run_coroutine_threadsafe(client.open(), loop).result(_CONNECT_S)
+
+    return GuestFiles(connect, client.request)
 
 
 @contextlib.asynccontextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.api import params as p
 from banger.api import results as r
-from banger.daemon import catalog, confinement, container_images, given
+from banger.daemon import catalog, confinement, container_images, given, image_builds
 from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import (
@@ -16,13 +18,17 @@ from banger.image.entries import (
     list_images,
     verify_image,
 )
+from banger.image.features import bare_recipe, read_extras
 from banger.image.recipe import load_recipe
 from banger.kernel.entries import delete_kernel, find_kernel, get_kernel, list_kernels
+from banger.names import check_entry_name
 from banger.oci.reference import is_explicit
 
 if TYPE_CHECKING:
     from banger.api.records import ImageRecord, KernelRecord
     from banger.daemon.daemon import Daemon
+    from banger.image.features import Extras
+    from banger.image.recipe import LoadedRecipe
     from banger.progress import Reporter
     from banger.rpc.server import Call
 
@@ -39,9 +45,14 @@ async def ensure_image(daemon: Daemon, name: str, report: Reporter) -> ImageReco
         image = find_image(daemon.paths, name)
     if image is None:
         image = await catalog.obtain_image(daemon, name, report)
+    await ensure_kernel(daemon, image, report)
+    return image
+
+
+async def ensure_kernel(daemon: Daemon, image: ImageRecord, report: Reporter) -> None:
+    """The kernel that an image boots with, made when it is absent and known. Raises as above."""
     if find_kernel(daemon.paths, image.kernel_ref) is None:
         await catalog.obtain_kernel(daemon, image.kernel_ref, report)
-    return image
 
 
 async def image_list(daemon: Daemon, call: Call, _: p.Empty) -> list[ImageRecord]:
@@ -53,8 +64,24 @@ async def image_show(daemon: Daemon, call: Call, params: p.NameRef) -> ImageReco
 
 
 async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> ImageRecord:
-    recipe = load_recipe(params.recipe)
-    if (existing := find_image(daemon.paths, params.name)) is not None:
+    """`image.build`: on the host from packages, or in a machine of another image."""
+    check_entry_name(params.name, "image")
+    if (params.recipe is None) == (params.from_image is None):
+        raise BangerError(
+            "bad_request",
+            f"building {params.name}: either a recipe or an image to begin with",
+            hint="banger image build --help",
+        )
+    extras = await asyncio.to_thread(
+        read_extras, params.packages, params.features, tuple(map(Path, params.scripts))
+    )
+    if params.recipe is not None:
+        loaded = load_recipe(params.recipe)
+    else:
+        base = await ensure_image(daemon, str(params.from_image), call)
+        loaded = bare_recipe(params.name, base.name, base.distro)
+    existing = find_image(daemon.paths, params.name)
+    if existing is not None:
         if not params.force:
             raise BangerError(
                 "already_exists",
@@ -62,10 +89,57 @@ async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> Image
                 hint=f"banger image delete {params.name}",
             )
         _refuse_in_use(daemon, existing)
-    await confinement.refuse_build(daemon.paths, recipe, params.name)
+    if params.kernel_ref is not None:
+        await given.refuse_unknown_kernel(daemon, call, params.kernel_ref)
+    if loaded.recipe.bootstrapped:
+        return await _bootstrap(daemon, call, params, loaded, extras, existing)
+    return await image_builds.build_in_machine(
+        daemon,
+        call,
+        loaded,
+        extras,
+        name=params.name,
+        archive=params.archive,
+        kernel_ref=params.kernel_ref,
+        machine=image_builds.Machine(
+            nat=params.nat,
+            vcpu=params.vcpu,
+            memory_mib=params.memory_mib,
+            disk_bytes=params.disk_bytes,
+            overlay_bytes=params.overlay_bytes,
+        ),
+        named=params.recipe is not None,
+        replaced=existing,
+    )
+
+
+async def _bootstrap(
+    daemon: Daemon,
+    call: Call,
+    params: p.BuildImage,
+    loaded: LoadedRecipe,
+    extras: Extras,
+    existing: ImageRecord | None,
+) -> ImageRecord:
+    if params.archive is not None:
+        raise BangerError(
+            "bad_request",
+            f"building {params.name}: the recipe {loaded.recipe.name} is made of packages, an "
+            "archive has no place in it",
+            hint="banger image build --help",
+        )
+    await confinement.refuse_build(daemon.paths, loaded, params.name, extras)
     if existing is not None:
+        await build.build_artefact(daemon.paths, loaded, reporter=call, extras=extras)
         delete_image(daemon.paths, existing.name)
-    return await build.build_image(daemon.paths, recipe, name=params.name, reporter=call)
+    return await build.build_image(
+        daemon.paths,
+        loaded,
+        name=params.name,
+        reporter=call,
+        extras=extras,
+        kernel_ref=params.kernel_ref,
+    )
 
 
 def _refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
@@ -88,8 +162,6 @@ async def image_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Delet
 
 
 async def image_verify(daemon: Daemon, call: Call, params: p.NameRef) -> ImageRecord:
-    import asyncio
-
     image = get_image(daemon.paths, params.name)
     problems = await asyncio.to_thread(verify_image, daemon.paths, image.name)
     if problems:
@@ -106,7 +178,7 @@ def _mend(image: ImageRecord) -> str:
     """The command after which a damaged image is what it should be."""
     if image.recipe is not None:
         return f"banger image build --force --name {image.name} --recipe {image.recipe}"
-    if image.oci is not None:
+    if image.oci is not None and image.oci.reference:
         return f"banger image pull --force --name {image.name} {image.oci.reference}"
     return f"banger image delete {image.name}"
 

@@ -65,9 +65,7 @@ def built_artefacts(
                 build(staging)
                 job.check()
                 _seal(staging)
-                files.remove_tree(target)
-                staging.rename(target)
-                files.sync_directory(directory)
+                files.publish_directory(staging, target)
             for other in directory.iterdir():
                 if other != target and not other.name.startswith("."):
                     files.remove_tree(other)

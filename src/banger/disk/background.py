@@ -17,7 +17,7 @@ import subprocess
 import threading
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from banger.disk.space import explain_disk_full
+from banger.errors import explain_disk_full
 from banger.process import ProcessFailed, get_program, popen
 from banger.progress import Reporter, Silent
 

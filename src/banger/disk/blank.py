@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import uuid
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +44,7 @@ _MKE2FS_CONF = """\
 		features = has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize
 	}
 """
+_EXTENDED = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1"
 # Any fixed namespace: roles differ in their UUID, since two disks with one UUID in the same guest
 # confuse udev, and the same role has the same UUID in every VM.
 _NAMESPACE = uuid.UUID("5d7f5a4e-2f0f-4c6e-9a55-0b6f2c1d7e10")
@@ -64,7 +64,7 @@ def ensure_template(paths: Paths, role: Role, size_bytes: int) -> Path:
             f"from {format_size(MIN_BYTES)} to {format_size(MAX_BYTES)}",
             hint="banger vm create --help",
         )
-    version = hashlib.sha256(_MKE2FS_CONF.encode()).hexdigest()[:8]
+    version = hashlib.sha256(f"{_MKE2FS_CONF}{_EXTENDED}".encode()).hexdigest()[:8]
     template = paths.templates / f"{role}-{size_bytes}-{version}.ext4"
     if not template.is_file():
         files.ensure_private_directory(paths.templates)
@@ -80,7 +80,8 @@ def write_blank_disk(paths: Paths, role: Role, size_bytes: int, target: Path) ->
     """
     template = ensure_template(paths, role, size_bytes)
     try:
-        files.clone(template, target, mode=0o600)
+        # Whole or not there: the next start takes a disk that exists for the user's own.
+        files.clone_whole(template, target, mode=0o600)
     except OSError as e:
         raise BangerError(
             "operation_failed", f"making the {role} disk {target}: {e.strerror}"
@@ -102,36 +103,42 @@ def extend_disk(disk: Path, size_bytes: int) -> None:
             hint="banger vm set --help",
         )
     os.truncate(disk, size_bytes)
+    # Before a guest grows its filesystem into what the host might have forgotten.
+    files.sync_file(disk)
 
 
 def _make(template: Path, role: Role, size_bytes: int) -> None:
     mke2fs = get_program("mke2fs", package="e2fsprogs")
-    # Beside, then renamed: two that make the same template at once write the same bytes.
-    beside = template.with_name(f".{template.name}.{secrets.token_hex(4)}")
-    conf = beside.with_suffix(".conf")
     identity = str(uuid.uuid5(_NAMESPACE, role))
-    argv = [
-        mke2fs, "-q", "-F", "-t", "ext4", "-L", f"banger-{role}", "-U", identity,
-        "-E", f"root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,hash_seed={identity}",
-        str(beside),
-    ]  # fmt: skip
+    extended = f"{_EXTENDED},hash_seed={identity}"
+    if size_bytes < MAX_BYTES:
+        # Room in the tables for as much as a disk may grow. By default it is room for 1000 times
+        # the size, which makes 4 MiB that each VM would have its own copy of.
+        extended += f",resize={MAX_BYTES // _BLOCK}"
     try:
-        conf.write_text(_MKE2FS_CONF)
-        # The size is the file's. A size argument would count units of 1 KiB.
-        with beside.open("xb") as f:
-            f.truncate(size_bytes)
-        run(
-            argv,
-            env={"MKE2FS_CONFIG": str(conf), "E2FSPROGS_FAKE_TIME": "1700000000"},
-            timeout_s=60,
-        )
-        beside.chmod(0o444)
-        beside.replace(template)
+        # Beside, then renamed: two that make the same template at once write the same bytes.
+        with files.staging_directory(template.parent, "template") as staging:
+            conf, disk = staging / "mke2fs.conf", staging / "disk.ext4"
+            conf.write_text(_MKE2FS_CONF)
+            # The size is the file's. A size argument would count units of 1 KiB.
+            with disk.open("xb") as f:
+                f.truncate(size_bytes)
+            argv = [
+                mke2fs, "-q", "-F", "-t", "ext4", "-L", f"banger-{role}", "-U", identity,
+                "-E", extended,
+                str(disk),
+            ]  # fmt: skip
+            run(
+                argv,
+                env={"MKE2FS_CONFIG": str(conf), "E2FSPROGS_FAKE_TIME": "1700000000"},
+                timeout_s=60,
+            )
+            disk.chmod(0o444)
+            # All VMs to come are copies of it: it gets its name when its content is on disk.
+            files.sync_file(disk)
+            disk.replace(template)
         files.sync_directory(template.parent)
     except OSError as e:
         raise BangerError(
             "operation_failed", f"making the blank {role} disk {template}: {e.strerror}"
         ) from e
-    finally:
-        conf.unlink(missing_ok=True)
-        beside.unlink(missing_ok=True)

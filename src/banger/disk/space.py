@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
-from banger.errors import BangerError
+from banger.errors import DISK_FULL_HINT, BangerError
 from banger.files import free_bytes
 from banger.units import MIB, format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-_HINT = "banger vm prune; banger image list"
 
 
 def require_space(directory: Path, *, needed_bytes: int, reserve_bytes: int, doing: str) -> None:
@@ -29,22 +26,11 @@ def require_space(directory: Path, *, needed_bytes: int, reserve_bytes: int, doi
         raise BangerError(
             "operation_failed",
             f"{doing}: it needs about {_rounded(needed_bytes)} in {directory}, where "
-            f"{_rounded(free)} are free and {_rounded(reserve_bytes)} are kept in reserve",
-            hint=_HINT,
+            f"{_rounded(free)} are free and {_rounded(reserve_bytes)} are kept in reserve "
+            "(disk_reserve)",
+            hint=DISK_FULL_HINT,
             reason="disk_full",
         )
-
-
-def explain_disk_full(e: BaseException) -> BaseException:
-    """The error as it is; with a full disk behind it, one that says so (reason disk_full)."""
-    behind = e if isinstance(e, OSError) else e.__cause__
-    if not isinstance(behind, OSError) or behind.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return e
-    place = f" ({behind.filename})" if behind.filename else ""
-    message = e.message if isinstance(e, BangerError) else f"the host's disk is full{place}"
-    explained = BangerError("operation_failed", message, hint=_HINT, reason="disk_full")
-    explained.__cause__ = behind
-    return explained
 
 
 def _rounded(size_bytes: int) -> str:

@@ -13,6 +13,7 @@ from banger.doctor.check import Check, Finding, failed, passed, warned
 from banger.errors import BangerError
 from banger.image.entries import find_image
 from banger.image.recipe import list_recipes
+from banger.kernel.build_recipe import find_build_recipe
 from banger.kernel.entries import find_kernel
 from banger.kernel.pull import find_catalog_kernel
 from banger.ssh.client_config import include_line, is_installed
@@ -89,11 +90,27 @@ def _look_kernel(world: World) -> Iterator[Finding]:
             yield _judge_kernel(name, kernel)
         elif find_catalog_kernel(name) is not None:
             yield passed(f"{name} ({why}) is not here; the first VM that needs it fetches it")
+        elif find_build_recipe(name) is not None:
+            yield _judge_build(world, name, why)
         else:
             yield failed(
                 f"the kernel {name} ({why}) is not here, and not in the catalog",
                 command="banger kernel list --available",
             )
+
+
+def _judge_build(world: World, name: str, why: str) -> Finding:
+    missing = world.missing_build_tools()
+    if missing:
+        return failed(
+            f"the kernel {name} ({why}) is not here, and what builds it is missing: "
+            f"{', '.join(tool.name for tool in missing)}",
+            command=f"sudo apt-get install {' '.join(dict.fromkeys(t.apt for t in missing))}",
+        )
+    return warned(
+        f"{name} ({why}) is not here; the first VM that needs it waits minutes for its build",
+        command=f"banger kernel build {name}",
+    )
 
 
 def _wanted_kernels(world: World) -> dict[str, str]:

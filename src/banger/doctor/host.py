@@ -14,9 +14,10 @@ from banger.errors import BangerError
 from banger.image.entries import find_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from banger.doctor.world import World
+    from banger.kernel.build_tools import BuildTool
 
 _SQFSTAR_OLDEST = (4, 5)
 _UNIFY = (
@@ -175,7 +176,7 @@ def _look_tools(world: World) -> Iterator[Finding]:
     missing = [tool for tool in TOOLS if world.find_program(tool.name) is None]
     old = _old_sqfstar(world)
     if not missing and old is None:
-        yield passed(f"{', '.join(tool.name for tool in TOOLS)} are there")
+        yield passed(f"{', '.join(tool.name for tool in TOOLS)} are there", *_for_building(world))
         return
     if old is not None:
         report = failed if _must_build(world) else warned
@@ -194,6 +195,13 @@ def _look_tools(world: World) -> Iterator[Finding]:
             )
 
 
+def _for_building(world: World) -> Iterator[str]:
+    """What compiling a kernel would need. Most hosts never do, so it is no warning."""
+    if missing := world.missing_build_tools():
+        names = ", ".join(tool.name for tool in missing)
+        yield f"kernel build would need {names}: {_install(world, missing)}"
+
+
 def _is_needed(world: World, tool: Tool) -> bool:
     if tool.needed == "bridge":
         # Without nft the helper says itself that it cannot work, and the network becomes "user".
@@ -208,7 +216,7 @@ def _old_sqfstar(world: World) -> str | None:
     return f"{m[1]}.{m[2]}" if m is not None and old else None
 
 
-def _install(world: World, tools: list[Tool]) -> str:
+def _install(world: World, tools: Sequence[Tool | BuildTool]) -> str:
     for manager, verb in (("apt-get", "install"), ("dnf", "install"), ("pacman", "-S")):
         if world.find_program(manager) is not None:
             column = manager.removesuffix("-get")
@@ -259,7 +267,8 @@ CHECKS = (
         name="host tools",
         look=_look_tools,
         meaning="mke2fs, nft, mmdebstrap, sqfstar 4.5 or newer, git, ssh; FAIL for what the "
-        "configured features need, else WARN",
+        "configured features need, else WARN; which compilers `kernel build` would need is only "
+        "said",
         mends="the packages that the row names",
     ),
     Check(

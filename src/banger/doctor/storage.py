@@ -229,8 +229,11 @@ def _look_cache(world: World) -> Iterator[Finding]:
         "programs": paths.state / "bin",
         **{f"cache of {p.name}": p for p in _entries(paths.cache)},
     }
+    limits = {"cache of oci": f", at most {_size(world.settings.oci_cache_limit_bytes)} of layers"}
     sizes = {kind: _tree_bytes(path) for kind, path in kinds.items()}
-    details = [f"{kind}: {_size(size)}" for kind, size in sizes.items() if size]
+    details = [
+        f"{kind}: {_size(size)}{limits.get(kind, '')}" for kind, size in sizes.items() if size
+    ]
     yield passed(f"{_size(sum(sizes.values()))} in images, kernels and caches", *details)
 
 
@@ -306,8 +309,9 @@ CHECKS = (
     Check(
         name="cache",
         look=_look_cache,
-        meaning="bytes on disk of images, kernels and each cache",
-        mends="`banger image delete`, `banger kernel rm`; caches may be removed while no command "
-        "runs",
+        meaning="bytes on disk of images, kernels and each cache, and the limit of the layers "
+        "(`oci_cache_limit`)",
+        mends="`banger image delete`, `banger kernel rm`, `banger image cache prune`; "
+        "caches may be removed while no command runs",
     ),
 )

@@ -25,6 +25,7 @@ from banger.config.settings import Settings, read_settings
 from banger.doctor.helper import ask_helper_directly
 from banger.errors import BangerError
 from banger.host.vmm_process import is_alive
+from banger.kernel.build_tools import BUILD_TOOLS, BuildTool, find_missing_tools
 from banger.rpc import client
 from banger.store.look import DatabaseLook, look_at_database
 from banger.vm.handles import find_handles
@@ -129,6 +130,12 @@ class World:
 
     def find_program(self, name: str) -> str | None:
         return process.find_program(name)
+
+    def missing_build_tools(self) -> tuple[BuildTool, ...]:
+        """What the host lacks for `banger kernel build`."""
+        return find_missing_tools(
+            BUILD_TOOLS, find=self.find_program, is_there=lambda path: self.file(path).is_file()
+        )
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[bytes] | None:
         """A host program, ended with any status; None where it is missing or does not end."""

@@ -48,6 +48,8 @@ class Health(Wire, frozen=True, kw_only=True):
     hostname: _Text
     init: _Text
     init_state: _Text = ""
+    first_boot: _Text = ""
+    """How the installation of an sshd goes: running, done, failed; nothing where none is due."""
 
 
 class Listener(Wire, frozen=True, kw_only=True):
@@ -76,6 +78,14 @@ class GuestStats(Wire, frozen=True, kw_only=True):
     load: tuple[float, ...]
     memory: Memory
     filesystems: tuple[Filesystem, ...] = ()
+
+
+class Activity(Wire, frozen=True, kw_only=True):
+    """Who uses a guest: calls of its agent that last, sessions that run, ssh connections."""
+
+    streams: int
+    sessions: int
+    ssh: int
 
 
 class Transferred(Wire, frozen=True, kw_only=True):
@@ -127,7 +137,7 @@ class GuestClient:
         channel = Channel(await self.open(timeout_s=connect_s))
         try:
             async with asyncio.timeout(timeout_s):
-                await channel.write_document(self.request(method, params))
+                await _send(channel, self.request(method, params), doing)
                 reply = decode_reply(await channel.read_line(), doing)
             return msgspec.convert(reply.result, type=result)
         except TimeoutError as e:
@@ -135,6 +145,7 @@ class GuestClient:
                 "operation_failed",
                 f"{doing}: no answer within {timeout_s:g} s",
                 reason="guest_not_ready",
+                outcome="unknown",
             ) from e
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
@@ -146,6 +157,9 @@ class GuestClient:
 
     async def stats(self) -> GuestStats:
         return await self.call("stats", {}, GuestStats)
+
+    async def activity(self) -> Activity:
+        return await self.call("activity", {}, Activity)
 
     async def ports(self) -> tuple[Listener, ...]:
         """Listening sockets, at most 4096 of them."""
@@ -174,8 +188,12 @@ class GuestClient:
     async def sync(self) -> None:
         await self.call("sync", {}, dict[str, Any], timeout_s=60)
 
-    async def set_time(self) -> None:
-        await self.call("time", {"unix_ns": time.time_ns()}, dict[str, Any])
+    async def set_time(self, *, timeout_s: float = _CALL_S) -> None:
+        """Set the guest's clock, where it is more than a second off, to ours."""
+        await self.call(
+            "time", {"unix_ns": time.time_ns()}, dict[str, Any],
+            timeout_s=timeout_s, connect_s=timeout_s,
+        )  # fmt: skip
 
     async def reseed(self, seed: bytes) -> None:
         await self.call("entropy", {"seed": base64.b64encode(seed).decode()}, dict[str, Any])
@@ -227,6 +245,18 @@ class GuestClient:
             if isinstance(e, ConnectionError):
                 raise connection_lost(doing) from e
             raise BangerError("operation_failed", f"{doing}: {e.strerror or e}") from e
+
+
+async def _send(channel: Channel, request: Request, doing: str) -> None:
+    """Send a request. The agent acts on whole lines only, so one that was cut off did nothing."""
+    try:
+        await channel.write_document(request)
+    except BangerError as e:
+        raise BangerError(
+            "operation_failed",
+            f"{doing}: the connection was lost before it was asked",
+            reason="connection_lost",
+        ) from e
 
 
 async def _reply_line(sock: socket.socket) -> bytes | None:

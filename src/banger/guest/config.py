@@ -62,6 +62,7 @@ class GuestConfig(Wire, frozen=True, kw_only=True):
     host_key_pub: str
     mounts: Mounts = Mounts()
     docker_dirs: bool = True
+    install_sshd: bool = False
     image_config: ImageConfig | None = None
     git_identity: GitIdentity | None = None
     schema: int = 1

@@ -226,6 +226,7 @@ def _lost(method: str, error: Exception, ended: str) -> BangerError:
         f"asking the root helper to {method}: it {how}; it may or may not have been done",
         hint="banger doctor",
         reason="connection_lost",
+        outcome="unknown",
     )
 
 

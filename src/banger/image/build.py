@@ -34,10 +34,11 @@ from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
-    get_image,
     lock_image,
+    publish_image,
     write_manifest,
 )
+from banger.image.features import Extras, assemble
 from banger.image.recipe import LoadedRecipe, load_recipe
 from banger.image.rootfs import Addition, RootStats, filter_root
 from banger.names import check_entry_name
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 # Part of the cache key: to be raised when the same recipe would give another root filesystem.
 BUILDER_VERSION = "1"
+NO_EXTRAS = Extras()
 _BUILD = "build.json"
 _NEEDED_BYTES = 3 * GIB
 _REPORT_EVERY_BYTES = 8 * MIB
@@ -84,10 +86,12 @@ async def build_image(
     *,
     name: str,
     reporter: Reporter,
+    extras: Extras = NO_EXTRAS,
+    kernel_ref: str | None = None,
     refresh: bool = False,
     reserve_bytes: int = 2 * GIB,
 ) -> ImageRecord:
-    """Build a recipe's image and store it as `name`.
+    """Build the image of a bootstrapped recipe and store it as `name`.
 
     An earlier build of the same recipe is taken from the cache; `refresh` builds anew, with the
     packages of today. Cancelling ends the host programs and leaves nothing. When another caller is
@@ -104,8 +108,9 @@ async def build_image(
             f"there is an image {name} already",
             hint=f"banger image delete {name}",
         )
+    whole = _whole(recipe, extras, kernel_ref)
     return await run_job(
-        lambda job: _build(paths, recipe, name, refresh, reserve_bytes, job), reporter
+        lambda job: _build(paths, whole, name, refresh, reserve_bytes, job), reporter
     )
 
 
@@ -119,13 +124,15 @@ async def ensure_image(
     """
     if record := find_image(paths, name):
         return record
-    recipe = load_recipe(name)
+    recipe = _whole(load_recipe(name), NO_EXTRAS)
     return await run_job(
         lambda job: _build(paths, recipe, name, False, reserve_bytes, job), reporter
     )
 
 
-async def build_artefact(paths: Paths, recipe: LoadedRecipe, *, reporter: Reporter) -> None:
+async def build_artefact(
+    paths: Paths, recipe: LoadedRecipe, *, reporter: Reporter, extras: Extras = NO_EXTRAS
+) -> None:
     """Build a recipe's root filesystem into the cache only; nothing when it is there.
 
     Who may start the programs that this needs is not always who publishes the image.
@@ -134,16 +141,34 @@ async def build_artefact(paths: Paths, recipe: LoadedRecipe, *, reporter: Report
         BangerError: as `build_image`.
     """
 
+    whole = _whole(recipe, extras)
+
     def work(job: Job) -> None:
-        with _artefact(paths, recipe, False, job):
+        with _artefact(paths, whole, False, job):
             return
 
     await run_job(work, reporter)
 
 
-def is_built(paths: Paths, recipe: LoadedRecipe) -> bool:
+def is_built(paths: Paths, recipe: LoadedRecipe, extras: Extras = NO_EXTRAS) -> bool:
     """Whether the cache holds this very recipe's root filesystem, so that publishing is enough."""
-    return find_artefacts(_cache_of(paths, recipe), _key(recipe)) is not None
+    whole = _whole(recipe, extras)
+    return find_artefacts(_cache_of(paths, whole), _key(whole)) is not None
+
+
+def _whole(loaded: LoadedRecipe, extras: Extras, kernel_ref: str | None = None) -> LoadedRecipe:
+    """The recipe with its features and what was asked for. Raises BangerError, bad_request."""
+    if not loaded.recipe.bootstrapped:
+        raise BangerError(
+            "bad_request",
+            f"the recipe {loaded.recipe.name} is built in a machine, not on the host",
+            hint=f"banger image build --name NAME --recipe {loaded.recipe.name}",
+        )
+    whole = assemble(loaded, extras, "apt-get")
+    if kernel_ref is None:
+        return whole
+    recipe = msgspec.structs.replace(whole.recipe, kernel_ref=kernel_ref)
+    return msgspec.structs.replace(whole, recipe=recipe)
 
 
 def _build(
@@ -188,6 +213,7 @@ def _key(loaded: LoadedRecipe) -> str:
 
 def _build_rootfs(loaded: LoadedRecipe, staging: Path, job: Job) -> None:
     recipe = loaded.recipe
+    assert recipe.suite is not None
     mmdebstrap = find_mmdebstrap()
     get_program("sqfstar", package="squashfs-tools")
     job.stage("rootfs", f"building {recipe.name}", "looking at apt's sources")
@@ -198,7 +224,7 @@ def _build_rootfs(loaded: LoadedRecipe, staging: Path, job: Job) -> None:
         )
     argv = build_mmdebstrap_argv(loaded, sources, mmdebstrap=mmdebstrap, root=is_root())
     with files.staging_directory(staging, "downloads") as downloads:
-        additions, missing = _collect_additions(loaded, downloads, job)
+        additions, missing = collect_additions(loaded, downloads, job)
         try:
             _run_pipeline(argv, staging / ROOTFS, additions, recipe.name, job)
         except ProcessFailed as e:
@@ -206,7 +232,7 @@ def _build_rootfs(loaded: LoadedRecipe, staging: Path, job: Job) -> None:
     (staging / _BUILD).write_bytes(msgspec.json.encode(_BuildResult(optional_missing=missing)))
 
 
-def _collect_additions(
+def collect_additions(
     loaded: LoadedRecipe, downloads: Path, job: Job
 ) -> tuple[dict[str, Addition], tuple[str, ...]]:
     """What the recipe adds, by path, and the names of the optional downloads that are missing."""
@@ -287,6 +313,7 @@ def _drain(stream: IO[bytes]) -> None:
 
 def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Job) -> ImageRecord:
     recipe = loaded.recipe
+    assert recipe.kernel_ref is not None
     job.stage("publish", f"storing the image {name}")
     result = msgspec.json.decode((built / _BUILD).read_bytes(), type=_BuildResult)
     if result.optional_missing:
@@ -316,6 +343,4 @@ def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Jo
                 created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             ),
         )
-        new.rename(paths.images / image_id)
-        files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+        return publish_image(paths, new)

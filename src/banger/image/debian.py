@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from banger.disk.background import Job
     from banger.image.recipe import LoadedRecipe
 
+_MOST_SCRIPT = 96 << 10
 _INDEX_FORMAT = "$(SITE)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)"
 
 
@@ -95,10 +96,25 @@ def build_mmdebstrap_argv(
     for name in recipe.scripts:
         # As an argument, not as a file: in a user namespace the script would be unreadable below
         # a private directory, and nothing has to be removed afterwards.
-        text = loaded.sources[name].decode()
-        argv.append(f'--customize-hook=chroot "$1" /bin/sh -eu -c {shlex.quote(text)} {name}')
+        text = _script(name, loaded.sources[name])
+        words = f"{shlex.quote(text)} {shlex.quote(name)}"
+        argv.append(f'--customize-hook=chroot "$1" /bin/sh -eu -c {words}')
+    assert recipe.suite is not None
     argv += [recipe.suite, "-", *sources]
     return argv
+
+
+def _script(name: str, content: bytes) -> str:
+    """A script's text, which has to fit into one argument (execve(2), MAX_ARG_STRLEN)."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as e:
+        raise BangerError("bad_request", f"the script {name} is no UTF-8 text") from e
+    if len(content) > _MOST_SCRIPT or "\0" in text:
+        raise BangerError(
+            "bad_request", f"the script {name} is larger than {_MOST_SCRIPT >> 10} KiB, or no text"
+        )
+    return text
 
 
 def find_mmdebstrap() -> str:

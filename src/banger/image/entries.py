@@ -80,12 +80,13 @@ def get_image(paths: Paths, name_or_id: str) -> ImageRecord:
 
 
 def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
-    """All images, by name."""
+    """All images, by name; of two with one name (see `publish_image`) the newest comes first."""
     try:
         directories = [p for p in paths.images.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
     except FileNotFoundError:
         return ()
     found = [_record(d, manifest) for d in directories if (manifest := find_manifest(d))]
+    found.sort(key=lambda record: record.created_at, reverse=True)
     return tuple(sorted(found, key=lambda record: record.name))
 
 
@@ -101,6 +102,7 @@ def delete_image(paths: Paths, name_or_id: str) -> None:
         # Out of sight by one rename first: an image is never seen half removed.
         with files.staging_directory(paths.images, f"delete-{name}") as aside:
             (paths.images / record.id).rename(aside / record.id)
+            files.sync_directory(paths.images)
 
 
 def verify_image(paths: Paths, name_or_id: str) -> tuple[str, ...]:
@@ -168,6 +170,21 @@ def write_manifest(directory: Path, manifest: ImageManifest) -> None:
     files.write_atomic(directory / MANIFEST, content + b"\n", mode=0o444)
 
 
+def publish_image(
+    paths: Paths, new: Path, *, replaced: ImageRecord | None = None, aside: Path | None = None
+) -> ImageRecord:
+    """Store a finished directory, named by the image's id; `replaced` goes to `aside` after it.
+
+    A name is never without its image: whoever is killed between the two leaves both.
+    """
+    image_id = new.name
+    files.publish_directory(new, paths.images / image_id)
+    if replaced is not None and aside is not None:
+        (paths.images / replaced.id).rename(aside / replaced.id)
+        files.sync_directory(paths.images)
+    return get_image(paths, image_id)
+
+
 def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:
     manifest = find_manifest(paths.images / record.id)
     if manifest is None:
@@ -189,6 +206,7 @@ def _record(directory: Path, m: ImageManifest) -> ImageRecord:
         features=m.features,
         recipe=m.recipe,
         optional_missing=m.optional_missing,
+        install_sshd=m.install_sshd,
         description=m.description,
         created_at=m.created_at,
         oci=m.oci,

@@ -26,6 +26,7 @@ from banger.image.entries import (
     find_manifest,
     get_image,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.filesystem import ROOTFS_FILES, rootfs_name
@@ -83,16 +84,7 @@ def _pull(
             _accept(new, entry, name, found, job)
             job.check()
             job.stage("publish", f"storing the image {name}")
-            if existing is not None:
-                (paths.images / existing.id).rename(staging / existing.id)
-            try:
-                new.rename(paths.images / image_id)
-            except OSError:
-                if existing is not None:
-                    (staging / existing.id).rename(paths.images / existing.id)
-                raise
-            files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+            return publish_image(paths, new, replaced=existing, aside=staging)
 
 
 def _accept(new: Path, entry: IndexEntry, name: str, found: frozenset[str], job: Job) -> None:

@@ -17,20 +17,23 @@ from banger import files
 from banger.disk.artefacts import remove_abandoned
 from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
-from banger.disk.space import require_space
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.image.cache import require_room
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
     find_image,
+    find_manifest,
     get_image,
     list_images,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.sources import open_source
-from banger.oci.documents import guest_config
+from banger.names import is_temporary_image
+from banger.oci.documents import count_layers, guest_config
 from banger.oci.errors import reading
 from banger.oci.merge import Merged, index_layers, write_merged
 from banger.oci.reference import (
@@ -53,13 +56,20 @@ _LEAST_BYTES = 64 * MIB
 
 
 class PullPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for, decided. `replace`: an image of that name may go (nobody uses it)."""
+    """What is asked for, decided.
+
+    `replace`: an image of that name may go (nobody uses it); with `again` it does, also when the
+    reference still means the same, because its file may be damaged.
+    """
 
     reference: RegistryReference | FileReference
     name: str
     kernel_ref: str
     replace: bool
+    again: bool
     reserve_bytes: int
+    cache_limit_bytes: int
+    install_sshd: bool = False
 
 
 def plan_pull(
@@ -69,8 +79,11 @@ def plan_pull(
     kernel_ref: str,
     name: str | None = None,
     platform: str = "linux/amd64",
+    install_sshd: bool = False,
     replace: bool = False,
+    again: bool = False,
     reserve_bytes: int = 2 * GIB,
+    cache_limit_bytes: int = 10 * GIB,
 ) -> PullPlan:
     """Decide what a pull does.
 
@@ -90,14 +103,21 @@ def plan_pull(
         name=name or default_name(parsed),
         kernel_ref=kernel_ref,
         replace=replace,
+        again=again,
+        install_sshd=install_sshd,
         reserve_bytes=reserve_bytes,
+        cache_limit_bytes=cache_limit_bytes,
     )
 
 
 def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     """The image that an earlier pull of this reference made, whatever its tag means by now."""
     wanted = str(plan.reference)
-    found = [i for i in list_images(paths) if i.oci and i.oci.reference == wanted]
+    found = [
+        i
+        for i in list_images(paths)
+        if i.oci and i.oci.reference == wanted and not is_temporary_image(i.name)
+    ]
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
@@ -127,18 +147,25 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
         job.stage("image", f"looking for {plan.reference}")
 
         def room_for_download(size: int) -> None:
-            require_space(
+            require_room(
+                paths,
                 paths.oci_blobs,
                 needed_bytes=size,
                 reserve_bytes=plan.reserve_bytes,
                 doing=f"fetching {plan.reference}",
             )
 
-        with open_source(paths, plan.reference, job=job, require_space=room_for_download) as source:
+        with open_source(
+            paths,
+            plan.reference,
+            job=job,
+            require_space=room_for_download,
+            cache_limit_bytes=plan.cache_limit_bytes,
+        ) as source:
             if existing is not None and existing.oci and _is_same(existing, plan):
-                if existing.oci.digest == source.digest:
+                if existing.oci.digest == source.digest and not plan.again:
                     job.stage("image", f"the image {plan.name} is up to date")
-                    return existing
+                    return _with_sshd(paths, plan, existing)
                 if not plan.replace:
                     raise BangerError(
                         "already_exists",
@@ -156,6 +183,16 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
             return _import(paths, plan, source.fetch(), source.digest, existing, job)
 
 
+def _with_sshd(paths: Paths, plan: PullPlan, existing: ImageRecord) -> ImageRecord:
+    """The image that is here, marked for an sshd when that is asked for only now."""
+    directory = paths.images / existing.id
+    manifest = find_manifest(directory)
+    if manifest is None or manifest.install_sshd or not plan.install_sshd:
+        return existing
+    write_manifest(directory, msgspec.structs.replace(manifest, install_sshd=True))
+    return get_image(paths, existing.id)
+
+
 def _is_same(image: ImageRecord, plan: PullPlan) -> bool:
     return image.oci is not None and image.oci.reference == str(plan.reference)
 
@@ -171,9 +208,10 @@ def _import(
     what = str(plan.reference)
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
-    job.stage("layers", f"reading {len(image.layers)} layers of {what}")
+    job.stage("layers", f"reading {count_layers(len(image.layers))} of {what}")
     index = index_layers(image.layers, what=what, work=job)
-    require_space(
+    require_room(
+        paths,
         paths.images,
         needed_bytes=max(_LEAST_BYTES, index.content_bytes // 2),
         reserve_bytes=plan.reserve_bytes,
@@ -194,16 +232,7 @@ def _import(
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
         _describe(new, plan, config, merged)
-        if replaced is not None:
-            (paths.images / replaced.id).rename(staging / replaced.id)
-        try:
-            new.rename(paths.images / image_id)
-        except OSError:
-            if replaced is not None:
-                (staging / replaced.id).rename(paths.images / replaced.id)
-            raise
-        files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+        return publish_image(paths, new, replaced=replaced, aside=staging)
 
 
 def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) -> None:
@@ -222,6 +251,7 @@ def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) ->
             rootfs_sha256=identity.sha256,
             rootfs_bytes=identity.size_bytes,
             rootfs_mtime_ns=identity.mtime_ns,
+            install_sshd=plan.install_sshd,
             description=str(plan.reference),
             created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             oci=config,

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from banger.config.resources import recipes_directory
 from banger.errors import BangerError
 from banger.names import check_entry_name
+from banger.oci.reference import FileReference, parse_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _MODE = re.compile(r"0[0-7]{3,4}")
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(=[A-Za-z0-9.+:~-]+)?")
+# Of any distribution; none is an option or holds what a shell or a list would take for its own.
+_PACKAGE = re.compile(r"[A-Za-z0-9@][A-Za-z0-9@._+:/=~<>-]{0,199}")
+_DISTRO = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NPM_PACKAGE = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*")
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+-]*")
+
+
+Manager = Literal["apt-get", "apk", "dnf", "pacman", "zypper", "xbps-install"]
+"""A package manager, as the guest agent names it."""
 
 
 class RecipeFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +38,8 @@ class RecipeFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     source: str | None = None
     content: str | None = None
     mode: str = "0644"
+    managers: tuple[Manager, ...] = ()
+    """Only for guests with one of these; for all when there is none."""
 
     def __post_init__(self) -> None:
         _check_target(self.path)
@@ -51,6 +63,7 @@ class NpmDownload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     path: str
     mode: str = "0755"
     optional: bool = False
+    managers: tuple[Manager, ...] = ()
 
     def __post_init__(self) -> None:
         _check_target(self.path)
@@ -63,15 +76,20 @@ class NpmDownload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A recipe as its TOML says it. Unknown keys are refused."""
+    """A recipe as its TOML says it. Unknown keys are refused.
+
+    `from` is where its root comes from: `debootstrap`; `image:NAME`, an image that is here or in
+    the catalog; `oci:REF`, a container image; `archive`, a file that whoever builds it names. From
+    all but the first a machine is booted, which installs and runs the rest.
+    """
 
     name: str
-    distro: Literal["debian"]
-    suite: str
+    distro: str
     arch: tuple[Literal["amd64"], ...]
-    source: Literal["debootstrap"] = msgspec.field(name="from")
-    kernel_ref: str
-    packages: tuple[str, ...]
+    source: str = msgspec.field(name="from")
+    suite: str | None = None
+    kernel_ref: str | None = None
+    packages: tuple[str, ...] = ()
     variant: Literal["essential", "apt", "minbase"] = "minbase"
     description: str = ""
     features: tuple[str, ...] = ()
@@ -81,9 +99,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     files: tuple[RecipeFile, ...] = ()
     downloads: tuple[NpmDownload, ...] = ()
 
+    @property
+    def bootstrapped(self) -> bool:
+        """Made on the host out of packages, not from the system of another image."""
+        return self.source == "debootstrap"
+
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", self.suite):
-            raise ValueError(f"suite {self.suite!r} is no suite's name")
+        if not _DISTRO.fullmatch(self.distro):
+            raise ValueError(f"distro {self.distro!r} is no distribution's name")
+        if self.bootstrapped:
+            self._check_bootstrapped()
+        else:
+            self._check_base()
         if bad := [p for p in self.packages if not _PACKAGE.fullmatch(p)]:
             raise ValueError(f"packages: {bad[0]!r} is no package name")
         if bad := [p for p in (*self.exclude_paths, *self.include_paths) if not p.startswith("/")]:
@@ -91,6 +118,26 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         paths = [f.path for f in self.files] + [d.path for d in self.downloads]
         if len(set(paths)) != len(paths):
             raise ValueError("two files or downloads have the same path")
+
+    def _check_bootstrapped(self) -> None:
+        if self.distro != "debian" or self.suite is None or self.kernel_ref is None:
+            raise ValueError("from debootstrap needs distro debian, a suite and a kernel_ref")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", self.suite):
+            raise ValueError(f"suite {self.suite!r} is no suite's name")
+
+    def _check_base(self) -> None:
+        if self.suite is not None or self.exclude_paths or self.include_paths:
+            raise ValueError("suite, exclude_paths and include_paths belong to from debootstrap")
+        kind, _, name = self.source.partition(":")
+        if kind == "image":
+            check_entry_name(name, "image")
+        elif kind == "oci":
+            if isinstance(parse_reference(name), FileReference):
+                raise ValueError(f"from {self.source!r}: a registry's image is meant")
+        elif self.source != "archive":
+            raise ValueError(
+                f"from {self.source!r} is none of debootstrap, image:NAME, oci:REF, archive"
+            )
 
 
 class LoadedRecipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,8 +174,8 @@ def load_recipe(name_or_path: str) -> LoadedRecipe:
     try:
         recipe = msgspec.toml.decode(text, type=Recipe)
         check_entry_name(recipe.name, "image")
-        sources = {name: _read_source(origin.parent, name) for name in _named_sources(recipe)}
-    except (msgspec.DecodeError, ValueError) as e:
+        sources = read_sources(origin.parent, (*recipe.scripts, *recipe.files))
+    except (msgspec.DecodeError, ValueError, BangerError) as e:
         raise BangerError("bad_request", f"{doing}: {e}", hint=f"$EDITOR {origin}") from e
     return LoadedRecipe(recipe=recipe, origin=origin, text=text, sources=sources)
 
@@ -138,8 +185,23 @@ def list_recipes() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in recipes_directory().glob("*.toml")))
 
 
-def _named_sources(recipe: Recipe) -> tuple[str, ...]:
-    return (*recipe.scripts, *(f.source for f in recipe.files if f.source is not None))
+def read_sources(directory: Path, named: Iterable[str | RecipeFile]) -> dict[str, bytes]:
+    """The contents of scripts and files below `directory`, by the names they are called.
+
+    Raises:
+        ValueError: one cannot be read, or is outside the directory.
+    """
+    names = (x if isinstance(x, str) else x.source for x in named)
+    return {name: _read_source(directory, name) for name in names if name is not None}
+
+
+def check_package(name: str) -> str:
+    """Raises BangerError, bad_request, for what no package manager takes for a package."""
+    if not _PACKAGE.fullmatch(name):
+        raise BangerError(
+            "bad_request", f"{name[:80]!r} is no package name", hint="banger image build --help"
+        )
+    return name
 
 
 def _read_source(directory: Path, name: str) -> bytes:

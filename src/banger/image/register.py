@@ -25,6 +25,7 @@ from banger.image.entries import (
     find_manifest,
     get_image,
     lock_image,
+    publish_image,
     write_manifest,
 )
 from banger.image.filesystem import rootfs_name
@@ -116,9 +117,7 @@ def _register(
                     created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
                 ),
             )
-            new.rename(paths.images / image_id)
-            files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+            return publish_image(paths, new)
 
 
 def refuse_existing(paths: Paths, name: str) -> None:
@@ -165,6 +164,7 @@ def _promote(paths: Paths, name_or_id: str, reserve_bytes: int, job: Job) -> Ima
                     hint=f"banger image delete {name}",
                     reason="files_changed",
                 ) from e
+            files.sync_file(copy)
             copy.replace(target)
             files.sync_directory(directory)
         write_manifest(

@@ -10,7 +10,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from banger.oci.layout import OciImage, read_docker_archive, read_layout
+from banger.image.cache import ARCHIVE, trim_cache, using_scratch
+from banger.oci.layout import OciImage, read_any_archive, read_docker_archive, read_layout
 from banger.oci.reference import FileReference, RegistryReference
 from banger.oci.unpacked import unpacked_archive
 
@@ -56,10 +57,12 @@ def open_source(
     *,
     job: Job,
     require_space: Callable[[int], None],
+    cache_limit_bytes: int,
 ) -> Iterator[Source]:
     """The source that a reference names, until the block is left.
 
-    `require_space` is called before a download with its size in bytes, and may refuse.
+    `require_space` is called before a download with its size in bytes, and may refuse. The cache is
+    kept below its limit: before a download, as far as others do not use it, and at the end.
 
     Raises:
         BangerError: not_found, unauthorized, operation_failed.
@@ -67,11 +70,22 @@ def open_source(
     if isinstance(reference, RegistryReference):
         from banger.oci.registry import RegistrySource  # with urllib3, which archives do not need
 
-        with RegistrySource(
-            reference, blobs=paths.oci_blobs, work=job, require_space=require_space
-        ) as source:
-            yield source
+        def make_room(size: int) -> None:
+            trim_cache(paths, keep_bytes=cache_limit_bytes - size)
+            require_space(size)
+
+        try:
+            with RegistrySource(
+                reference, blobs=paths.oci_blobs, work=job, require_space=make_room
+            ) as source:
+                yield source
+        finally:
+            trim_cache(paths, keep_bytes=cache_limit_bytes)
         return
-    read = read_docker_archive if reference.scheme == "docker-archive" else read_layout
-    with unpacked_archive(Path(reference.path), paths.oci_blobs.parent, work=job) as archive:
+    readers = {"docker-archive": read_docker_archive, "archive": read_any_archive}
+    read = readers.get(reference.scheme, read_layout)
+    with (
+        using_scratch(paths) as scratch,
+        unpacked_archive(Path(reference.path), scratch, ARCHIVE, work=job) as archive,
+    ):
         yield _Opened(read(archive, reference.tag))

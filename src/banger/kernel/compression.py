@@ -1,22 +1,13 @@
-"""The compressions that kernel packages use: xz, zstd and gzip, told apart by their magic numbers.
-
-The only place that imports zstd, which is in the standard library from Python 3.14 on.
-"""
+"""The compressions of kernel packages: xz, zstd and gzip, told apart by their magic numbers."""
 
 from __future__ import annotations
 
 import gzip
 import lzma
-import sys
 import zlib
 from typing import IO, BinaryIO, cast
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-__all__ = ["decompress", "find_compression", "open_decompressed", "zstd"]
+from banger import zstd
 
 _MAGICS = {b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip"}
 

@@ -6,6 +6,7 @@ is no database row.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +66,16 @@ def get_kernel(paths: Paths, name: str) -> KernelRecord:
     return record
 
 
+def refuse_existing(paths: Paths, name: str, *, force: bool) -> None:
+    """Raises BangerError already_exists where there is an entry of this name, without `force`."""
+    if not force and find_kernel(paths, name):
+        raise BangerError(
+            "already_exists",
+            f"the kernel {name} is here already",
+            hint=f"banger kernel show {name}",
+        )
+
+
 def list_kernels(paths: Paths) -> tuple[KernelRecord, ...]:
     """All entries, by name."""
     try:
@@ -85,6 +96,7 @@ def delete_kernel(paths: Paths, name: str) -> None:
         # Out of sight by one rename first: an entry is never seen half removed.
         with files.staging_directory(paths.kernels, f"delete-{name}") as aside:
             Path(record.directory).rename(aside / name)
+            files.sync_directory(paths.kernels)
 
 
 def lock_kernel(paths: Paths, name: str, job: Job) -> AbstractContextManager[None]:
@@ -152,22 +164,18 @@ def write_manifest(directory: Path, manifest: KernelManifest) -> KernelRecord:
     return _record(directory, manifest)
 
 
-def publish_entry(paths: Paths, name: str, new: Path, staging: Path) -> None:
-    """Give a finished directory the entry's name; one that had it is moved into `staging` first.
+def publish_entry(paths: Paths, name: str, new: Path) -> None:
+    """Give a finished directory the entry's name; an entry that had it is where `new` was, then.
 
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
-    target = paths.kernels / name
-    replaced = staging / "replaced"
-    if target.exists():
-        target.rename(replaced)
-    try:
-        new.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    files.sync_directory(paths.kernels)
+    files.publish_directory(new, paths.kernels / name)
+
+
+def now_text() -> str:
+    """The present, as manifests write it."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _manifest(directory: Path) -> KernelManifest:

@@ -36,12 +36,17 @@ from banger.kernel.entries import (
     find_kernel,
     get_kernel,
     lock_kernel,
+    now_text,
     publish_entry,
     write_manifest,
 )
 from banger.kernel.modules import read_load_order, write_module_indexes, write_modules_squashfs
-from banger.kernel.published import now_text
-from banger.kernel.requirements import BOOT_MODULES, find_missing_boot_options, find_missing_options
+from banger.kernel.requirements import (
+    BOOT_MODULES,
+    find_missing_boot_options,
+    find_missing_container_options,
+    find_missing_options,
+)
 from banger.kernel.vmlinux import extract_vmlinux
 from banger.names import check_entry_name
 from banger.units import MIB
@@ -178,7 +183,7 @@ def _make(
                 ),
             )
             job.check()
-            publish_entry(paths, name, new, staging)
+            publish_entry(paths, name, new)
     return get_kernel(paths, name)
 
 
@@ -203,6 +208,10 @@ def _check_config(vmlinux: bytes, given: GivenKernel, job: Job) -> None:
         missing += find_missing_boot_options(config)
     if missing:
         raise _refused(given.kernel, f"it cannot boot a guest: it lacks {', '.join(missing)}")
+    if lacking := find_missing_container_options(config):
+        job.warn(
+            f"containers inside a guest of the kernel {given.name} will miss {', '.join(lacking)}"
+        )
 
 
 def _find_config(vmlinux: bytes, given: GivenKernel) -> str | None:

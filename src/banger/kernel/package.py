@@ -15,6 +15,7 @@ import msgspec
 from banger import files
 from banger.errors import BangerError
 from banger.kernel.base_initrd import build_module_members, write_members
+from banger.kernel.built import BOOT_ARCHIVE, RELEASE
 from banger.kernel.compression import decompress, find_compression
 from banger.kernel.deb import open_package_data
 from banger.kernel.entries import MODULES, VMLINUX
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 # Part of the cache key: to be raised when the same package would give other files.
 BUILDER_VERSION = "1"
-BOOT_ARCHIVE = "boot-modules.cpio"
-RELEASE = "release"
 
 _MODULE_LIMIT_BYTES = 256 << 20
 _TREE_LIMIT_BYTES = 4 << 30

@@ -6,7 +6,6 @@ pull appears by one rename and, failed, cancelled or killed, leaves nothing.
 
 from __future__ import annotations
 
-import datetime
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from banger.kernel.entries import (
     find_manifest,
     get_kernel,
     lock_kernel,
+    now_text,
     publish_entry,
     write_manifest,
 )
@@ -97,7 +97,7 @@ def _pull(
                 ),
             )
             job.check()
-            publish_entry(paths, entry.name, new, staging)
+            publish_entry(paths, entry.name, new)
     return get_kernel(paths, entry.name)
 
 
@@ -186,9 +186,3 @@ def _export(paths: Paths, name: str, write: Callable[[bytes], object], job: Job)
         kernel_version=record.kernel_version,
         description=f"Linux {record.release}",
     )
-
-
-def now_text() -> str:
-    """The present, as manifests write it."""
-    now = datetime.datetime.now(datetime.UTC)
-    return now.isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -6,7 +6,6 @@ A pull that fails, is cancelled or killed leaves no entry and no part of one.
 
 from __future__ import annotations
 
-import datetime
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +16,22 @@ from banger import files
 from banger.config.resources import agent_binary
 from banger.disk.artefacts import built_artefacts, inputs_key, remove_abandoned
 from banger.disk.background import Job, run_job
-from banger.disk.cpio import read_members
 from banger.disk.identity import identify
 from banger.disk.space import require_space
 from banger.errors import BangerError
 from banger.kernel import apt
 from banger.kernel.base_initrd import read_module_members, write_base_initrd
+from banger.kernel.built import publish_built
 from banger.kernel.entries import (
     INITRD,
-    MODULES,
-    VMLINUX,
     KernelManifest,
     find_kernel,
     find_manifest,
     lock_kernel,
-    publish_entry,
+    refuse_existing,
     write_manifest,
 )
-from banger.kernel.package import BOOT_ARCHIVE, BUILDER_VERSION, RELEASE, build_entry_files
+from banger.kernel.package import BUILDER_VERSION, build_entry_files
 from banger.names import check_entry_name
 from banger.units import GIB, MIB
 
@@ -95,12 +92,7 @@ async def pull_kernel(
             host's apt sources; operation_failed, also with reason disk_full.
     """
     check_entry_name(name, "kernel")
-    if not force and find_kernel(paths, name):
-        raise BangerError(
-            "already_exists",
-            f"the kernel {name} is here already",
-            hint=f"banger kernel show {name}",
-        )
+    refuse_existing(paths, name, force=force)
     return await run_job(
         lambda job: _pull(paths, name, force=force, reserve_bytes=reserve_bytes, job=job), reporter
     )
@@ -157,6 +149,7 @@ def _replace_agent(
         members = tuple(read_module_members(directory / INITRD))
         write_base_initrd(beside, agent=agent, modules=members)
         beside.chmod(0o444)
+        files.sync_file(beside)
         identity = identify(beside)
         # The initrd first: killed between the two, the manifest still names the old agent, and the
         # next call writes both anew.
@@ -214,36 +207,13 @@ def _pull(paths: Paths, name: str, *, force: bool, reserve_bytes: int, job: Job)
         cache = paths.build_cache / "kernels" / name
         with built_artefacts(cache, key, build, job=job) as built:
             job.check()
-            return _publish(paths, entry, package, built, agent)
-
-
-def _publish(
-    paths: Paths, entry: CatalogKernel, package: apt.KernelPackage, built: Path, agent: Path
-) -> KernelRecord:
-    with files.staging_directory(paths.kernels, f"pull-{entry.name}") as staging:
-        new = staging / "entry"
-        new.mkdir(mode=0o755)
-        for file in (VMLINUX, MODULES):
-            files.link_or_copy(built / file, new / file)
-        with (built / BOOT_ARCHIVE).open("rb") as f:
-            write_base_initrd(new / INITRD, agent=agent, modules=read_members(f))
-        (new / INITRD).chmod(0o444)
-        now = datetime.datetime.now(datetime.UTC)
-        write_manifest(
-            new,
-            KernelManifest(
-                name=entry.name,
+            return publish_built(
+                paths,
+                name,
+                built,
+                agent,
                 distro=entry.distro,
                 arch=entry.arch,
                 kernel_version=package.version,
-                release=(built / RELEASE).read_text(),
                 source=f"apt:{package.name}={package.version}",
-                agent_version=files.sha256_file(agent),
-                imported_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
-                files={file: identify(new / file) for file in (VMLINUX, INITRD, MODULES)},
-            ),
-        )
-        publish_entry(paths, entry.name, new, staging)
-    record = find_kernel(paths, entry.name)
-    assert record
-    return record
+            )

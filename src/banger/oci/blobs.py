@@ -2,13 +2,16 @@
 
 A blob appears whole, by a rename, after its size and digest were checked; what is on the way lies
 beside, in `<cache>/oci/fetch/`. Two pulls that want one blob fetch it once. A blob in use is held
-open, so that pruning the cache under it does no harm.
+open under a shared lock, which the kernel takes back from whoever dies: `eviction` removes no blob
+that is locked. Its time of modification is that of its last use.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import time
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
     from banger.oci.work import Work
 
+PART = ".part"
 _READ = 1 << 20
 
 
@@ -50,10 +54,14 @@ class BlobStore:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
-        if os.fstat(fd).st_size != size:
+        _share(fd)
+        st = os.fstat(fd)
+        if st.st_size != size or not st.st_nlink:  # damaged, or evicted before it was locked
             os.close(fd)
-            path.unlink(missing_ok=True)
+            if st.st_nlink:
+                path.unlink(missing_ok=True)
             return False
+        _mark_used(fd)
         self._held[digest] = fd
         return True
 
@@ -66,18 +74,19 @@ class BlobStore:
         if self.find(digest, size):
             return True
         name = digest.removeprefix("sha256:")
-        # 256 locks for all blobs: they are never removed, since somebody may be waiting for one.
-        with self._work.locked(self._fetching / f"{name[:2]}.lock"):
+        with self._work.locked(lock_of(self._fetching, name)):
             if self.find(digest, size):
                 return True
-            part = self._fetching / f"{name}.part"  # what a killed pull left is overwritten
+            part = self._fetching / f"{name}{PART}"  # what a killed pull left is overwritten
             try:
                 with part.open("w+b") as f:
                     fetch(f)
                     f.flush()
-                    self._held[digest] = os.open(
-                        f"/proc/self/fd/{f.fileno()}", os.O_RDONLY | os.O_CLOEXEC
-                    )
+                    fd = os.open(f"/proc/self/fd/{f.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+                self._held[digest] = fd
+                # Before it can be seen: nobody evicts it in between.
+                _share(fd)
+                _mark_used(fd)
                 self._directory.mkdir(parents=True, exist_ok=True)
                 part.replace(self._path(digest))
             finally:
@@ -112,3 +121,22 @@ class BlobStore:
 
     def _path(self, digest: str) -> Path:
         return self._directory / digest.removeprefix("sha256:")
+
+
+def lock_of(fetching: Path, name: str) -> Path:
+    """The lock of whoever fetches the blob of this name.
+
+    There are 256 for all blobs. They are never removed, since somebody may be waiting for one.
+    """
+    return fetching / f"{name[:2]}.lock"
+
+
+def _share(fd: int) -> None:
+    """Lock a blob against eviction, until its descriptor is closed."""
+    fcntl.flock(fd, fcntl.LOCK_SH)  # an eviction holds its lock for a moment only
+
+
+def _mark_used(fd: int) -> None:
+    # Not the kernel's own "now", which stands still for milliseconds.
+    now = time.time_ns()
+    os.utime(fd, ns=(now, now))

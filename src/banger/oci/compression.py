@@ -1,4 +1,4 @@
-"""Layers as they are stored: gzip, zstd or plain, told apart by their first bytes.
+"""Layers and archives as they are stored: gzip, zstd, xz or plain, told apart by their first bytes.
 
 What comes out is hashed on the way and bounded: a few bytes can stand for terabytes.
 """
@@ -6,27 +6,25 @@ What comes out is hashed on the way and bounded: a few bytes can stand for terab
 from __future__ import annotations
 
 import hashlib
-import sys
+import lzma
 import zlib
 from typing import IO, TYPE_CHECKING, Any
 
+from banger import zstd
 from banger.oci.errors import BadImage
 from banger.units import GIB, format_size
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _READ = 256 << 10
 _PIECE = 1 << 20
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GZIP, _ZSTD, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX"
+COMPRESSED = (_GZIP, _ZSTD, _XZ)
+"""What begins a compressed file, four bytes at most."""
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame that holds no data (RFC 8878, 3.1.2)
-# 2^27 = 128 MiB of memory, what `zstd --long` needs and what our own limit has room for.
-_WINDOW_LOG_MAX = 27
+# What `zstd --long` needs, and what our own limit of memory has room for.
+_XZ_MEMORY = 128 << 20
 
 
 def ceiling_bytes(stored_bytes: int) -> int:
@@ -66,6 +64,8 @@ class LayerStream:
             pieces = self._inflate(head, "gzip")
         elif head.startswith(_ZSTD) or head[1:4] == _SKIPPABLE:
             pieces = self._inflate(head, "zstd")
+        elif head.startswith(_XZ):
+            pieces = self._inflate(head, "xz")
         else:
             self._plain = True
             pieces = self._pass(head)
@@ -98,9 +98,7 @@ class LayerStream:
         data = head
         try:
             while data:
-                machine: Any = (
-                    zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if kind == "gzip" else _zstd()
-                )
+                machine = _machine(kind)
                 while not machine.eof:
                     if kind == "gzip":
                         piece = machine.decompress(data, _PIECE)
@@ -122,10 +120,14 @@ class LayerStream:
                     while data := self._read():
                         if data.strip(b"\0"):
                             raise BadImage(f"there is something behind the {kind} data")
-        except (zlib.error, zstd.ZstdError) as e:
+        except (zlib.error, zstd.ZstdError, lzma.LZMAError) as e:
             raise BadImage(f"the {kind} data is damaged: {e}") from e
 
 
-def _zstd() -> zstd.ZstdDecompressor:
-    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
-    return zstd.ZstdDecompressor(options=options)
+def _machine(kind: str) -> Any:
+    """What decompresses one stream; those of zstd and xz are alike."""
+    if kind == "gzip":
+        return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    if kind == "xz":
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    return zstd.bounded_decompressor()

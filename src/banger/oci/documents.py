@@ -54,6 +54,8 @@ class Descriptor(Document, frozen=True, kw_only=True):
     size: int
     platform: Platform | None = None
     annotations: dict[str, str] | None = None
+    urls: tuple[str, ...] | None = None
+    """Where else it may be had. Nobody is asked there: it is a stranger's wish."""
 
     def __post_init__(self) -> None:
         check_digest(self.digest)
@@ -82,7 +84,12 @@ class _Kind(Document, frozen=True, kw_only=True):
 
 
 class RootFs(Document, frozen=True, kw_only=True, rename=None):
-    diff_ids: tuple[str, ...] = ()
+    diff_ids: tuple[str, ...] | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The digests of the unpacked layers; an image without any may say null."""
+        return self.diff_ids or ()
 
 
 class RunConfig(Document, frozen=True, kw_only=True, rename="pascal"):
@@ -122,6 +129,11 @@ def digest_of(data: bytes) -> str:
 def short(digest: str) -> str:
     """A digest as messages show it."""
     return digest.removeprefix("sha256:")[:12]
+
+
+def count_layers(number: int) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} layer{'' if number == 1 else 's'}"
 
 
 def parse_document(data: bytes, kind: type[D]) -> D:
@@ -201,9 +213,9 @@ def parse_config(data: bytes, layers: int, architecture: str = "amd64") -> Confi
         raise BadImage(
             f"the image is for {config.os}/{config.architecture}, not linux/{architecture}"
         )
-    if len(config.rootfs.diff_ids) != layers:
-        raise BadImage(f"{layers} layers, but {len(config.rootfs.diff_ids)} diff_ids")
-    for diff_id in config.rootfs.diff_ids:
+    if len(config.rootfs.layers) != layers:
+        raise BadImage(f"{layers} layers, but {len(config.rootfs.layers)} diff_ids")
+    for diff_id in config.rootfs.layers:
         check_digest(diff_id)
     return config
 

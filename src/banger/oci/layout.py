@@ -1,4 +1,5 @@
-"""Images in files: an OCI layout (a directory, or the tar of one) and the tar of `docker save`.
+"""Images in files: an OCI layout (a directory, or the tar of one), the tar of `docker save`, and
+the plain tar of a root filesystem.
 
 A source is opened, read and closed within one pull; files stay the user's and are only read. An
 archive that is compressed as a whole cannot be read at random: the caller has it unpacked to a file
@@ -16,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 import msgspec
 
 from banger.errors import BangerError
+from banger.files import sha256_file
 from banger.oci.documents import (
     MOST_DOCUMENT_BYTES,
     ConfigFile,
@@ -67,7 +69,7 @@ class _SaveEntry(Document, frozen=True, kw_only=True, rename="pascal"):
 
     config: str
     repo_tags: tuple[str, ...] | None = None
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] | None = None
 
 
 def read_layout(path: Path, tag: str | None) -> OciImage:
@@ -116,6 +118,45 @@ def read_docker_archive(path: Path, tag: str | None) -> OciImage:
         return _saved_image(files, wanted[0])
 
 
+def read_any_archive(path: Path, tag: str | None) -> OciImage:
+    """The image of an uncompressed tar, by what is in it: an OCI layout, what `docker save` writes,
+    or else a root filesystem, which is an image of one layer that says nothing of itself.
+
+    Raises:
+        BangerError: as `read_layout`; bad_request: a `tag` for a root filesystem.
+    """
+    with reading(f"the archive {path}"):
+        found = _find_documents(path)
+        if "index.json" in found:
+            return read_layout(path, tag)
+        if "manifest.json" in found:
+            return read_docker_archive(path, tag)
+        if tag is not None:
+            raise _not_one(path, 0, tag, [])
+        layer = Layer(
+            diff_id=None, digest=None, size=path.stat().st_size, open=lambda: path.open("rb")
+        )
+        digest = f"sha256:{sha256_file(path)}"
+        return OciImage(digest=digest, config=ConfigFile(), layers=(layer,))
+
+
+def _find_documents(path: Path) -> set[str]:
+    """Which documents lie at the top of an archive; a system has none of them there."""
+    if not path.is_file():
+        raise BadImage("it is no file")
+    found = set()
+    with path.open("rb") as f:
+        chunks = _Seeking(f)
+        reader = TarReader(iter(chunks))
+        while (m := reader.next()) is not None:
+            name = m.name.decode(errors="replace").removeprefix("./")
+            if name in ("index.json", "manifest.json"):
+                found.add(name)
+            if m.stored:
+                chunks.skip_data(reader, m.stored)
+    return found
+
+
 def _choose_tag(index: Index, tag: str | None, path: Path) -> Descriptor:
     fitting = [
         d
@@ -151,7 +192,7 @@ def _is_tagged(entry: _SaveEntry, tag: str) -> bool:
 def _layout_image(files: _Files, digest: str, manifest: Manifest) -> OciImage:
     config = parse_config(_checked(files, manifest.config), len(manifest.layers))
     layers = []
-    for descriptor, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
+    for descriptor, diff_id in zip(manifest.layers, config.rootfs.layers, strict=True):
         name = _blob(descriptor.digest)
         if files.size(name) != descriptor.size:
             raise BadImage(
@@ -171,10 +212,11 @@ def _layout_image(files: _Files, digest: str, manifest: Manifest) -> OciImage:
 
 def _saved_image(files: _Files, entry: _SaveEntry) -> OciImage:
     text = _document(files, entry.config)
-    config = parse_config(text, len(entry.layers))
+    names = entry.layers or ()
+    config = parse_config(text, len(names))
     layers = [
         Layer(diff_id=diff_id, digest=None, size=files.size(name), open=_opener(files, name))
-        for name, diff_id in zip(entry.layers, config.rootfs.diff_ids, strict=True)
+        for name, diff_id in zip(names, config.rootfs.layers, strict=True)
     ]
     return OciImage(digest=digest_of(text), config=config, layers=tuple(layers))
 

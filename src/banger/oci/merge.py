@@ -45,10 +45,11 @@ _DEFAULT_MODE = 0o755
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One stored layer. `open` gives its bytes as stored, from the start, each time it is called.
 
-    `digest` is None where a source does not name it; `size` is in bytes, as stored.
+    `digest` and `diff_id` are None where a source does not name them; `size` is in bytes, as
+    stored.
     """
 
-    diff_id: str
+    diff_id: str | None
     digest: str | None
     size: int
     open: Callable[[], IO[bytes]]
@@ -89,7 +90,7 @@ def index_layers(layers: Sequence[Layer], *, what: str, work: Work) -> LayerInde
     content = apparent = done = 0
     total = sum(layer.size for layer in layers)
     for layer in layers:
-        with reading(f"layer {short(layer.digest or layer.diff_id)} of {what}"):
+        with reading(_called(layer, what)):
             tree.begin_layer()
             with layer.open() as stored:
                 stream = LayerStream(stored, ceiling=ceiling_bytes(layer.size), check=work.check)
@@ -110,7 +111,7 @@ def index_layers(layers: Sequence[Layer], *, what: str, work: Work) -> LayerInde
                 raise BadImage(f"it has {stream.stored_bytes} bytes, announced were {layer.size}")
             if layer.digest is not None and stream.digest != layer.digest:
                 raise BadImage(f"its content has the digest {short(stream.digest)}")
-            if stream.diff_id != layer.diff_id:
+            if layer.diff_id is not None and stream.diff_id != layer.diff_id:
                 raise BadImage(
                     f"unpacked it has the digest {short(stream.diff_id)}, "
                     f"the configuration says {short(layer.diff_id)}"
@@ -139,16 +140,16 @@ def write_merged(index: LayerIndex, stream: IO[bytes], *, what: str, work: Work)
     write = stream.write
     for path, directory in index.tree.walk_directories():
         entry = _directory_member(directory.meta, index.newest)
-        dropped += _keep_xattrs(entry)
+        dropped += keep_xattrs(entry)
         write_member(write, entry, path)
         merged.members += 1
     done, total = 0, sum(layer.size for layer in index.layers)
     for number, layer in enumerate(index.layers):
         wanted = index.survivors.count(number)
-        with reading(f"layer {short(layer.digest or layer.diff_id)} of {what}"):
+        with reading(_called(layer, what)):
             if wanted:
                 for m, reader in _live_members(index, number, layer, work):
-                    dropped += _keep_xattrs(m)
+                    dropped += keep_xattrs(m)
                     _write(m, reader, index.survivors.names(number, m), stream, merged)
                     wanted -= 1
             if wanted:
@@ -159,6 +160,11 @@ def write_merged(index: LayerIndex, stream: IO[bytes], *, what: str, work: Work)
     if dropped:
         work.warn(f"{what}: {dropped} extended attributes (ACLs and labels) left out")
     return merged
+
+
+def _called(layer: Layer, what: str) -> str:
+    name = layer.digest or layer.diff_id
+    return f"layer {short(name)} of {what}" if name else what
 
 
 def _live_members(
@@ -195,7 +201,7 @@ def _write(
     merged.members += len(names)
 
 
-def _keep_xattrs(m: Member) -> int:
+def keep_xattrs(m: Member) -> int:
     """Keep the attributes that an image can hold; return how many ACLs and labels went."""
     if not m.xattrs:
         return 0

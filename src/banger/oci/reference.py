@@ -31,8 +31,10 @@ _DEFAULT_TAG = "latest"
 SHORT_NAME_REGISTRY = "docker.io"
 _SHORT_NAME_ADDRESS = "index.docker.io"
 
-Scheme: TypeAlias = Literal["oci", "oci-archive", "docker-archive"]
-_SCHEMES: tuple[Scheme, ...] = ("oci-archive", "docker-archive", "oci")
+Scheme: TypeAlias = Literal["oci", "oci-archive", "docker-archive", "archive"]
+_SCHEMES: tuple[Scheme, ...] = ("oci-archive", "docker-archive", "oci", "archive")
+# Words that may be a repository as well: what follows has to look like a path.
+_UNCLEAR = ("oci", "archive")
 
 
 class RegistryReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +67,8 @@ class RegistryReference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileReference(msgspec.Struct, frozen=True, kw_only=True):
-    """An image in files of the host: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:…`.
+    """An image in files of the host: `oci:DIR[:TAG]`, `oci-archive:FILE[:TAG]`, `docker-archive:…`;
+    `archive:FILE[:TAG]` is either of these two, or the tar of a root filesystem.
 
     `path` is as it was written; a daemon takes absolute ones only.
     """
@@ -87,8 +90,9 @@ def parse_reference(
         BangerError: bad_request, naming what is wrong.
     """
     for scheme in _SCHEMES:
-        if text.startswith(f"{scheme}:") and (scheme != "oci" or _looks_like_path(text[4:])):
-            return _parse_file(scheme, text[len(scheme) + 1 :])
+        rest = text.removeprefix(f"{scheme}:")
+        if rest != text and (scheme not in _UNCLEAR or _looks_like_path(rest)):
+            return _parse_file(scheme, rest)
     return _parse_registry(text, default_registry)
 
 
@@ -100,7 +104,7 @@ def is_explicit(text: str) -> bool:
 def default_name(reference: RegistryReference | FileReference) -> str:
     """The name of the image that a pull makes: `…/library/debian:bookworm` → `debian-bookworm`."""
     if isinstance(reference, FileReference):
-        stem = re.sub(r"\.(tar|tgz|tar\.gz|tar\.zst|oci)$", "", reference.path.rsplit("/", 1)[-1])
+        stem = re.sub(r"\.(tar|tgz|tar\.(gz|xz|zst)|oci)$", "", reference.path.rsplit("/", 1)[-1])
         words = f"{stem}-{reference.tag}" if reference.tag else stem
     else:
         name = reference.repository.rsplit("/", 1)[-1]

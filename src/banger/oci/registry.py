@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import threading
 from typing import IO, TYPE_CHECKING
 
@@ -26,20 +25,22 @@ from banger.oci.documents import (
     Manifest,
     check_digest,
     choose_manifest,
+    count_layers,
     digest_of,
     parse_config,
     parse_manifest_or_index,
     short,
 )
+from banger.oci.download import BadDownload, download
 from banger.oci.errors import BadImage, reading
 from banger.oci.http import BrokenTransfer, Http, Response, place
 from banger.oci.layout import OciImage
 from banger.oci.merge import Layer
-from banger.oci.transfer import Meter, Stalled, Watch
+from banger.oci.transfer import Meter
 from banger.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
 _AT_ONCE = 3
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 _MOST_INDEXES = 3
-# Attempts of one blob that bring nothing; what brings something does not count.
-_FRUITLESS = 5
-_LEAST_PROGRESS = 64 << 10
 
 
 class RegistrySource:
@@ -138,7 +136,7 @@ class RegistrySource:
                 size=descriptor.size,
                 open=self._opener(descriptor.digest),
             )
-            for descriptor, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True)
+            for descriptor, diff_id in zip(manifest.layers, config.rootfs.layers, strict=True)
         )
         return OciImage(digest=digest, config=config, layers=layers)
 
@@ -173,7 +171,7 @@ class RegistrySource:
                 raise BangerError("operation_failed", f"asking {place(url)}: {e}") from e
 
     @contextlib.contextmanager
-    def _ask(self, method: str, url: str, headers: dict[str, str]) -> Iterator[Response]:
+    def _ask(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[Response]:
         """One answer; where the registry wants to know who asks, it is told and asked again."""
         for last in (False, True):
             header = self._login.header
@@ -223,7 +221,7 @@ class RegistrySource:
         if not quiet:
             here = f", {format_size(cached)} are cached" if cached else ""
             self._work.stage(
-                "download", f"fetching {len(missing)} layers, {format_size(size)}{here}"
+                "download", f"fetching {count_layers(len(missing))}, {format_size(size)}{here}"
             )
         meter = Meter(size, _tell_nobody if quiet else self._work.advance)
         failed = threading.Event()
@@ -254,64 +252,37 @@ class RegistrySource:
     ) -> None:
         """Write one blob to `f`, checked; going on after breaks."""
         url = f"{self._base}/blobs/{descriptor.digest}"
-        hasher = hashlib.sha256()
-        have = fruitless = wrong = 0
-        while have < descriptor.size:
+
+        @contextlib.contextmanager
+        def ask(headers: Mapping[str, str]) -> Iterator[Response]:
+            with self._ask("GET", url, headers) as answer:
+                if answer.status == 404 and descriptor.urls:
+                    raise BadImage(
+                        f"the registry does not have {short(descriptor.digest)}, a foreign layer, "
+                        "which is to be had elsewhere; such images are not supported"
+                    )
+                self._judge(answer)
+                yield answer
+
+        def check() -> None:
+            self._work.check()
             if failed.is_set():
                 raise _Abandoned
-            before = have
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            why = "the connection ended early"
-            with self._ask("GET", url, headers) as answer:
-                self._judge(answer)
-                if have and not _continues(answer, have):
-                    # It does not do ranges: from the start.
-                    f.seek(0)
-                    f.truncate()
-                    meter.add(-have)
-                    have, hasher = 0, hashlib.sha256()
-                _check_length(answer, descriptor.size - have)
-                watch = Watch()
-                try:
-                    while piece := answer.read():
-                        self._work.check()
-                        if failed.is_set():
-                            raise _Abandoned
-                        have += len(piece)
-                        if have > descriptor.size:
-                            raise BadImage(
-                                f"the layer {short(descriptor.digest)} is longer than the "
-                                f"{descriptor.size} bytes that were announced"
-                            )
-                        hasher.update(piece)
-                        f.write(piece)
-                        meter.add(len(piece))
-                        watch.saw(len(piece))
-                except (BrokenTransfer, Stalled) as e:
-                    self._work.check()  # a cancellation breaks connections
-                    why = str(e)
-            if have == descriptor.size and f"sha256:{hasher.hexdigest()}" != descriptor.digest:
-                wrong += 1
-                if wrong > 1:
-                    raise BadImage(
-                        f"what the registry sends as {short(descriptor.digest)} "
-                        f"has the digest {hasher.hexdigest()[:12]}"
-                    )
-                f.seek(0)
-                f.truncate()
-                meter.add(-have)
-                have, hasher = 0, hashlib.sha256()
-            elif have < descriptor.size:
-                fruitless = 0 if have - before >= _LEAST_PROGRESS else fruitless + 1
-                if fruitless >= _FRUITLESS:
-                    raise BangerError(
-                        "operation_failed",
-                        f"fetching {place(url)}: {why}, after {format_size(have)} of "
-                        f"{format_size(descriptor.size)}",
-                        hint=f"banger image pull {self._reference}",
-                    )
-                if fruitless:
-                    self._http.wait(self._http.pause_s(fruitless), why)
+
+        try:
+            download(
+                f,
+                url,
+                size=descriptor.size,
+                sha256=descriptor.digest.removeprefix("sha256:"),
+                ask=ask,
+                http=self._http,
+                meter=meter,
+                check=check,
+                hint=f"banger image pull {self._reference}",
+            )
+        except BadDownload as e:
+            raise BadImage(f"for {short(descriptor.digest)} the registry {e}") from e
 
 
 def _tell_nobody(done: int, total: int | None, detail: str) -> None:
@@ -320,19 +291,3 @@ def _tell_nobody(done: int, total: int | None, detail: str) -> None:
 
 class _Abandoned(Exception):
     """Another blob of the same image has failed."""
-
-
-def _continues(answer: Response, offset: int) -> bool:
-    """Whether an answer to a range request begins where it was asked to."""
-    return answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
-        f"bytes {offset}-"
-    )
-
-
-def _check_length(answer: Response, expected: int) -> None:
-    """Raises BadImage when the registry announces another size than its own manifest does."""
-    told = answer.headers.get("Content-Length", "")
-    if told.isdigit() and int(told) != expected:
-        raise BadImage(
-            f"the registry announces {told} bytes for what its manifest says has {expected}"
-        )

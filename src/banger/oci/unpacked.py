@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from banger import files
 from banger.errors import BangerError
-from banger.oci.compression import LayerStream, ceiling_bytes
+from banger.oci.compression import COMPRESSED, LayerStream, ceiling_bytes
 from banger.oci.errors import reading
 
 if TYPE_CHECKING:
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
     from banger.oci.work import Work
 
-_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")
-
 
 @contextlib.contextmanager
-def unpacked_archive(path: Path, scratch: Path, *, work: Work) -> Iterator[Path]:
+def unpacked_archive(path: Path, scratch: Path, prefix: str, *, work: Work) -> Iterator[Path]:
     """The archive itself where it is a plain tar or a directory, else a copy that is one.
 
-    The copy is in a directory of its own below `scratch` and is removed when the block is left.
+    The copy is in a directory of its own below `scratch`, whose name begins with `prefix`, and is
+    removed when the block is left.
 
     Raises:
         BangerError: not_found; operation_failed, reason bad_image: damaged, or larger than an
@@ -46,12 +45,12 @@ def unpacked_archive(path: Path, scratch: Path, *, work: Work) -> Iterator[Path]
             hint=f"ls -l {path}",
         ) from e
     with source:
-        if not source.read(4).startswith(_COMPRESSED):
+        if not source.read(4).startswith(COMPRESSED):
             yield path
             return
         source.seek(0)
         work.stage("image", f"unpacking {path.name}")
-        with files.staging_directory(scratch, "archive") as staging:
+        with files.staging_directory(scratch, prefix) as staging:
             plain = staging / "archive.tar"
             ceiling = ceiling_bytes(path.stat().st_size)
             stream = LayerStream(source, ceiling=ceiling, check=work.check)

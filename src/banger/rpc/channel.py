@@ -39,6 +39,7 @@ def connection_lost(doing: str) -> BangerError:
         "operation_failed",
         f"{doing}: the connection was lost; whether it was carried out is not known",
         reason="connection_lost",
+        outcome="unknown",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +11,11 @@ import msgspec
 
 from banger import __version__
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
+from banger.api.operations import REPEATABLE
 from banger.errors import BangerError
 from banger.rpc.blocking import BlockingChannel
 from banger.rpc.frames import FrameType
+from banger.rpc.outcomes import lost_after, lost_before, target_of
 from banger.rpc.unix import short_path
 
 if TYPE_CHECKING:
@@ -54,39 +56,36 @@ def connect(path: Path, *, timeout_s: float | None = None) -> BlockingChannel:
     return BlockingChannel(sock)
 
 
-def _lost(method: str) -> BangerError:
-    return BangerError(
-        "operation_failed",
-        f"{method}: the daemon went away before it answered; whether it was carried out is unknown",
-        hint="banger vm list",
-        reason="connection_lost",
-    )
-
-
 def _ask(
     channel: BlockingChannel,
     method: str,
     params: msgspec.Struct | dict[str, Any],
     state: Path | None = None,
 ) -> Reply:
+    """The first line of the answer. The id of the operation is ours, so that we can name it."""
+    op_id = f"op-{os.urandom(3).hex()}"
     request = Request(
         version=PROTOCOL_VERSION,
         method=method,
         params=msgspec.Raw(msgspec.json.encode(params)),
+        op_id=op_id,
         program=__version__,
         state=None if state is None else str(state),
     )
     try:
         channel.write_document(request)
-        line = channel.read_line()
+        cut_off = None
     except (BrokenPipeError, ConnectionResetError) as e:
-        raise _lost(method) from e
+        cut_off = e
+    line = channel.read_line()
+    if line is None and cut_off is not None:
+        raise lost_before(method) from cut_off
     if line is None:
-        raise _lost(method)
+        raise lost_after(method, target_of(params), op_id)
     reply = msgspec.json.decode(line, type=Reply)
     if reply.error is not None:
         raise reply.error.exception()
-    return reply
+    return msgspec.structs.replace(reply, op_id=reply.op_id or op_id)
 
 
 def call(
@@ -142,6 +141,7 @@ class StreamingCall:
         state: Path | None = None,
     ) -> None:
         self._method = method
+        self._target = target_of(params)
         self._on_event = on_event
         self.channel = connect(path)
         try:
@@ -163,7 +163,7 @@ class StreamingCall:
                 return
             elif kind is FrameType.DATA:
                 yield payload
-        raise _lost(self._method)
+        raise lost_after(self._method, self._target, self.reply.op_id or "")
 
     def result(self, kind: type[T]) -> T:
         """Wait for the final result. Raises as `call`."""
@@ -179,23 +179,34 @@ class StreamingCall:
     def close(self) -> None:
         self.channel.close()
 
-    def cancel(self) -> None:
+    def cancel(self) -> str:
         """Ask the daemon to roll back, and wait until it has; at most some seconds.
 
-        The daemon takes the end of what we send as the wish, and closes when it is done.
+        The daemon takes the end of what we send as the wish. Returns what became of it, in words;
+        nothing where that goes without saying.
         """
+        show = f"see: banger daemon operations show {self.reply.op_id}"
         self.channel.sock.settimeout(_ROLLBACK_S)
-        with contextlib.suppress(OSError):
+        try:
             self.channel.sock.shutdown(socket.SHUT_WR)
-            while self.channel.sock.recv(1 << 16):
-                pass
+            while (frame := self.channel.read_frame()) is not None:
+                if frame[0] is FrameType.RESULT:
+                    return "" if self._method in REPEATABLE else f"too late, it is done; {show}"
+                if frame[0] is FrameType.ERROR:
+                    return ""
+        except TimeoutError:
+            return f"what it had made is still being given back; {show}"
+        except (OSError, BangerError):
+            pass
+        error = lost_after(self._method, self._target, self.reply.op_id or "")
+        return str(error) if error.outcome == "unknown" else ""
 
     def __enter__(self) -> StreamingCall:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
-            if kind is not None and issubclass(kind, KeyboardInterrupt):
-                self.cancel()
+            if isinstance(error, KeyboardInterrupt) and (told := self.cancel()):
+                error.add_note(told)
         finally:
             self.close()

@@ -1,7 +1,8 @@
 """The daemon's socket: one request a connection, dispatched by a table of methods.
 
-A client that closes its socket cancels its handler; what must outlive the call runs in tasks of the
-daemon's own. Errors are logged here, once, with the operation id.
+A client that closes its socket cancels its handler, except of a method that finishes what it has
+begun. Every call is an operation; here it begins and ends. Errors are logged here, once, with the
+operation id.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import secrets
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
-from banger.errors import BangerError
+from banger.api.operations import REPEATABLE, Detached
+from banger.errors import BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
+from banger.rpc.operations import Operations
 from banger.rpc.unix import short_path
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from banger.rpc.operations import Entry
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +41,17 @@ _BACKLOG = 64
 # What a command of another version needs in order to replace the daemon.
 _ANY_VERSION = frozenset({"ping", "shutdown", "daemon.status"})
 _FIRST_LINE_S = 10.0
+# For a client that has perhaps left to hear that its call was cancelled.
+_FAREWELL_S = 1.0
 
 
 class Call:
     """One request while it is being answered: how its handler talks back."""
 
-    def __init__(self, channel: Channel, request: Request, op_id: str, peer_pid: int) -> None:
+    def __init__(self, channel: Channel, operation: Entry, peer_pid: int) -> None:
         self.channel = channel
-        self.request = request
-        self.op_id = op_id
+        self.operation = operation
+        self.op_id = operation.id
         self.peer_pid = peer_pid
         self.streaming = False
         self.answered = False
@@ -70,6 +76,15 @@ class Call:
             for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
                 piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
                 asyncio.run_coroutine_threadsafe(self.data(piece), loop).result()
+
+        return send
+
+    def line_sender(self) -> Callable[[str], None]:
+        """What shows a line of a program's output, from a worker thread, at the client's pace."""
+        loop = asyncio.get_running_loop()
+
+        def send(line: str) -> None:
+            asyncio.run_coroutine_threadsafe(self.event({"output": line}), loop).result()
 
         return send
 
@@ -101,10 +116,13 @@ class Call:
     # A reporter for the rooms and their worker threads: progress must never block or fail what it
     # reports on, so it is sent by tasks of its own, in order.
     def _send_soon(self, event: dict[str, Any]) -> None:
-        if self.streaming and not self.answered:
-            self._loop.call_soon_threadsafe(self._start_sending, event)
+        self._loop.call_soon_threadsafe(self._start_sending, event)
 
     def _start_sending(self, event: dict[str, Any]) -> None:
+        self.operation.tell(event)
+        if not self.streaming or self.answered:
+            return
+
         async def send() -> None:
             with contextlib.suppress(BangerError):
                 if not self.answered:
@@ -133,11 +151,13 @@ Handler = Callable[[Call, Any], Awaitable[Any]]
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of the method table. `streams`: the handler's result ends a stream of frames."""
+    """A row of the method table. `streams`: the handler's result ends a stream of frames.
+    `finishes`: once begun it is carried through, whether or not its client waits for it."""
 
     params: type
     handler: Handler
     streams: bool = False
+    finishes: bool = False
 
 
 class Server:
@@ -151,13 +171,15 @@ class Server:
         owner_uid: int,
         version: str,
         state: Path | None = None,
+        operations: Operations | None = None,
     ) -> None:
         self.path = path
+        self.operations = operations or Operations()
         self._methods = methods
         self._owner_uid = owner_uid
         self._version = version
         self._state = state
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._socket: socket.socket | None = None
 
     @property
@@ -220,40 +242,61 @@ class Server:
             channel.close()
 
     async def _answer(self, channel: Channel, line: bytes, pid: int, uid: int) -> None:
-        op_id = f"op-{secrets.token_hex(3)}"
-        current_op.set(op_id)
         started = time.monotonic()
         try:
             request = msgspec.json.decode(line, type=Request)
         except (msgspec.DecodeError, RecursionError) as e:
             error = BangerError("bad_request", f"the request line is malformed: {e}")
-            await channel.write_document(Reply(error=WireError.of(error, op_id)))
+            await channel.write_document(Reply(error=WireError.of(error)))
             return
-        call = Call(channel, request, op_id, pid)
         try:
             method, params = self._decode(request, uid)
+        except BangerError as e:
+            log.info("%s refused: %s: %s", request.method, e.code, e)
+            reply = Reply(error=WireError.of(e, request.op_id or None), op_id=request.op_id or None)
+            await channel.write_document(reply)
+            return
+        entry = self.operations.begin(
+            request.op_id, request.method, params, finishes=method.finishes
+        )
+        current_op.set(entry.id)
+        call = Call(channel, entry, pid)
+        try:
             if method.streams:
                 await call.begin_stream()
-            result = await self._cancelled_by_close(channel, method.handler(call, params))
+            result = await self._carry_out(call, method, params)
             if not call.answered:
                 await call.finish(result)
         except BangerError as e:
             log.info("%s failed: %s: %s", request.method, e.code, e)
+            if request.method in REPEATABLE:
+                e.outcome = "failed"
+            if entry.task is None and entry.state == "running":
+                self._settle(entry, e)
             await call.drain_events()
-            await call.fail(e)
+            await call.fail(find_disk_full(e) or e)
         except asyncio.CancelledError:
+            # By the client's leaving, by `operations cancel`, or by the daemon's end.
             log.info("%s cancelled", request.method)
-            raise
+            with contextlib.suppress(BangerError, TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await call.fail(_cancelled(entry))
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
         except Exception as e:
-            log.exception("%s failed unexpectedly", request.method)
-            error = BangerError(
-                "operation_failed",
-                f"{request.method}: unexpected {type(e).__name__}: {e}",
-                hint="banger daemon status",
-            )
+            error = _unexpected(entry, e)
+            if error.reason == "disk_full":
+                log.warning("%s", error)
+            else:
+                log.exception("%s failed unexpectedly", request.method)
+            await call.drain_events()
             await call.fail(error)
         finally:
             log.debug("%s %.1f ms", request.method, (time.monotonic() - started) * 1000)
+            if entry.state == "running" and entry.task is None:
+                # Its client left before the handler began.
+                self._settle(entry, _cancelled(entry))
 
     def _decode(self, request: Request, uid: int) -> tuple[Method, Any]:
         if uid not in (self._owner_uid, 0):
@@ -289,15 +332,73 @@ class Server:
         except (msgspec.DecodeError, RecursionError) as e:
             raise BangerError("bad_request", f"{request.method}: {e}") from e
 
-    async def _cancelled_by_close(self, channel: Channel, answer: Awaitable[Any]) -> Any:
-        handler = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(channel.closed())
+    async def _carry_out(self, call: Call, method: Method, params: Any) -> Any:
+        """The handler's result; its client's leaving cancels it, unless it finishes alone."""
+        entry = call.operation
+        handler = asyncio.ensure_future(method.handler(call, params))
+        if not entry.detached:
+            self._follow(entry, handler)
+        gone = asyncio.ensure_future(call.channel.closed())
         try:
             await asyncio.wait({handler, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if not method.finishes:
+                raise
         finally:
             gone.cancel()
-            if not handler.done():
+            if not handler.done() and not method.finishes:
                 handler.cancel()
             # Its rollback is waited for, whoever asked for the end.
             await asyncio.gather(gone, handler, return_exceptions=True)
         return handler.result()
+
+    def detach(self, call: Call, work: Coroutine[Any, Any, Any]) -> Detached:
+        """Let `work` go on as this call's operation, and answer the call with its id.
+
+        It ends with the daemon, rolled back as a cancelled call is.
+        """
+        entry = call.operation
+        assert entry.detached
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._follow(entry, task)
+        return Detached(op_id=entry.id)
+
+    def _follow(self, entry: Entry, task: asyncio.Future[Any]) -> None:
+        entry.task = task
+        task.add_done_callback(lambda done: self._ended(entry, done))
+
+    def _ended(self, entry: Entry, task: asyncio.Future[Any]) -> None:
+        if task.cancelled():
+            self._settle(entry, _cancelled(entry))
+        elif (e := task.exception()) is None:
+            result = msgspec.to_builtins(task.result()) if entry.detached else None
+            self.operations.end(entry, "done", result=result)
+        elif isinstance(e, BangerError):
+            self._settle(entry, e)
+        else:
+            if entry.detached:
+                log.error("%s failed unexpectedly", entry.kind, exc_info=e)
+            self._settle(entry, _unexpected(entry, e))
+
+    def _settle(self, entry: Entry, error: BangerError) -> None:
+        error = find_disk_full(error) or error
+        self.operations.end(entry, error.outcome, error=WireError.of(error, entry.id))
+
+
+def _cancelled(entry: Entry) -> BangerError:
+    about = f" {entry.target}" if entry.target else ""
+    given_back = "" if entry.kind in REPEATABLE else "; what it had made was given back"
+    return BangerError(
+        "operation_failed", f"{entry.kind}{about}: cancelled{given_back}", reason="cancelled"
+    )
+
+
+def _unexpected(entry: Entry, e: BaseException) -> BangerError:
+    return find_disk_full(e, doing=entry.kind) or BangerError(
+        "operation_failed",
+        f"{entry.kind}: unexpected {type(e).__name__}: {e}",
+        hint="banger daemon status",
+        outcome="unknown",
+    )

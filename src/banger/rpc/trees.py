@@ -11,7 +11,7 @@ import contextlib
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple, TypeVar
 
 import msgspec
 
@@ -75,6 +75,16 @@ class PathFacts(Wire, frozen=True, kw_only=True):
     mode: int
 
 
+_Word = Annotated[str, msgspec.Meta(max_length=128, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
+
+
+class GuestSystem(Wire, frozen=True, kw_only=True):
+    """What the guest's os-release says, and the package manager that goes with it, if any."""
+
+    id: _Word
+    manager: _Word
+
+
 class GuestFiles:
     """The files of one guest. `connect` gives a new, blocking connection to its agent; `request`
     builds the request of a method and its parameters, with the VM's token."""
@@ -104,9 +114,9 @@ class GuestFiles:
 
     @contextlib.contextmanager
     def exchange(
-        self, method: str, params: dict[str, Any], doing: str
+        self, method: str, params: dict[str, Any], doing: str, *, streams: bool = True
     ) -> Iterator[BlockingChannel]:
-        """A connection on which a method was asked for and has begun to answer.
+        """A connection on which a method was called and, where it `streams`, has begun to answer.
 
         Raises:
             BangerError: the agent's own error; connection_lost; cancelled.
@@ -121,7 +131,8 @@ class GuestFiles:
                 raise BangerError("operation_failed", f"{doing}: cancelled", reason="cancelled")
             channel = BlockingChannel(sock)
             channel.write_document(self._request(method, params))
-            decode_reply(channel.read_line(), doing)
+            if streams:
+                decode_reply(channel.read_line(), doing)
             yield channel
         except ConnectionError as e:
             raise connection_lost(doing) from e
@@ -134,18 +145,10 @@ class GuestFiles:
         """A method with one result, which is for the caller to check.
 
         Raises:
-            BangerError: the agent's own error; connection_lost.
+            BangerError: the agent's own error; connection_lost; cancelled.
         """
-        sock = self._connect()
-        sock.setblocking(True)
-        channel = BlockingChannel(sock)
-        try:
-            channel.write_document(self._request(method, params))
+        with self.exchange(method, params, doing, streams=False) as channel:
             return decode_reply(channel.read_line(), doing).result
-        except ConnectionError as e:
-            raise connection_lost(doing) from e
-        finally:
-            sock.close()
 
     def stat(self, path: str) -> PathFacts | None:
         """What a path leads to; None when nothing is there."""
@@ -240,20 +243,80 @@ class GuestFiles:
             raise BangerError("operation_failed", f"{doing}: the report is cut")
         return written, transferred, tuple(map(Record._make, _RECORD.iter_unpack(report)))
 
+    def system(self) -> GuestSystem:
+        """Which distribution this is, and its package manager."""
+        doing = "asking the guest for its distribution"
+        result = self.call("packages", {}, doing)
+        try:
+            return msgspec.convert(result, type=GuestSystem)
+        except msgspec.ValidationError as e:
+            raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
+
+    def capture(
+        self,
+        exclude: tuple[str, ...],
+        enter: tuple[str, ...],
+        receive: Callable[[Iterator[bytes]], T],
+        *,
+        grace_s: float,
+        path: str = "/",
+    ) -> T:
+        """What `receive` makes of the tar of the whole system, whose services are stopped first."""
+        doing = "reading the guest's system"
+        params = {
+            "path": path, "exclude": list(exclude), "enter": list(enter), "grace_s": grace_s,
+        }  # fmt: skip
+        with self.exchange("capture", params, doing) as channel:
+            data = DataReader(channel, doing)
+            received = receive(iter(data.next_chunk, None))
+            data.finish(Transferred)
+            return received
+
+    def install(self, packages: list[str], out: Callable[[bytes], object]) -> int:
+        """Install packages with the guest's own manager; its exit status. `out` gets what it
+        says."""
+        doing = "installing packages in the guest"
+        return self._command("install", {"packages": packages}, doing, b"", out, out)
+
     def run(
-        self, argv: list[str], *, cwd: str | None, stdin: bytes, out: Callable[[bytes], object]
+        self,
+        argv: list[str],
+        *,
+        cwd: str | None,
+        stdin: bytes,
+        out: Callable[[bytes], object],
+        err: Callable[[bytes], object] | None = None,
     ) -> tuple[int, str]:
         """Run a program as the guest's root: its status and the end of what it said on stderr.
 
-        `out` gets stdout as it comes and may raise to end the program. A signal counts as 128.
+        `out` gets stdout as it comes and may raise to end the program, `err` stderr. A signal
+        counts as 128.
         """
-        doing = f"running {argv[0]} in the guest"
         words = b""
+
+        def hear(piece: bytes) -> None:
+            nonlocal words
+            words = (words + piece)[-_STDERR:]
+            if err is not None:
+                err(piece)
+
         params = {
             "argv": argv, "cwd": cwd, "env": {"LC_ALL": "C.UTF-8"}, "user": "root", "tty": None,
             "login": False,
         }  # fmt: skip
-        with self.exchange("exec", params, doing) as channel:
+        status = self._command("exec", params, f"running {argv[0]} in the guest", stdin, out, hear)
+        return status, words.decode(errors="replace").strip()
+
+    def _command(
+        self,
+        method: str,
+        params: dict[str, Any],
+        doing: str,
+        stdin: bytes,
+        out: Callable[[bytes], object],
+        err: Callable[[bytes], object],
+    ) -> int:
+        with self.exchange(method, params, doing) as channel:
             waiting = memoryview(stdin)
             credit, open_ = _STDIN_CREDIT, True
             while True:
@@ -272,16 +335,12 @@ class GuestFiles:
                 if kind is FrameType.STDOUT:
                     out(payload)
                 elif kind is FrameType.STDERR:
-                    words = (words + payload)[-_STDERR:]
+                    err(payload)
                 elif kind is FrameType.CREDIT:
                     credit += int.from_bytes(payload[:4], "big")
                 elif kind is FrameType.EXIT:
-                    ended = decode(payload, dict[str, Any], doing)
-                    status = ended.get("code")
-                    return (
-                        status if isinstance(status, int) else 128,
-                        words.decode(errors="replace").strip(),
-                    )
+                    status = decode(payload, dict[str, Any], doing).get("code")
+                    return status if isinstance(status, int) else 128
                 elif kind is FrameType.ERROR:
                     raise decode(payload, WireError, doing).exception()
 

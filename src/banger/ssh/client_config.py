@@ -8,7 +8,6 @@ stays as it is, and a file that changed meanwhile is not replaced.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
-from banger.files import sync_directory
+from banger.files import new_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,25 +169,18 @@ def _read(target: Path) -> tuple[os.stat_result, bytes] | None:
 
 def _replace(target: Path, content: bytes, before: os.stat_result | None) -> None:
     """Put a new file in the place of the old one, with its mode and owner."""
-    beside = target.with_name(f".{target.name}.banger-{os.urandom(4).hex()}")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(content)
-            f.flush()
-            if before is not None:
-                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(fd, before.st_uid, before.st_gid)
-                os.fchmod(fd, stat.S_IMODE(before.st_mode))
-            os.fsync(fd)
+
+    def check() -> None:
         if _identity(before) != _identity(_stat(target)):
             raise BangerError("operation_failed", "somebody else changed it meanwhile")
-        beside.replace(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-        raise
-    sync_directory(target.parent)
+
+    with new_file(target, check=check) as f:
+        f.write(content)
+        fd = f.fileno()
+        if before is not None:
+            if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(fd, before.st_uid, before.st_gid)
+            os.fchmod(fd, stat.S_IMODE(before.st_mode))
 
 
 def _stat(target: Path) -> os.stat_result | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,11 +12,14 @@ import msgspec
 from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.names import generate_vm_name, short_id
+from banger.store.database import explained, keep_room, lent_room, transaction
 
 if TYPE_CHECKING:
     import ipaddress
     import sqlite3
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from banger.api.stats import VmStats
 
 
 def now_text() -> str:
@@ -23,21 +28,51 @@ def now_text() -> str:
 
 
 class VmStore:
-    """Reads and writes VM records. Every method is one short transaction."""
+    """Reads and writes VM records. Every method is one short transaction, on disk when it returns.
+
+    Every method raises BangerError for what SQLite says, with reason disk_full where that is it.
+    """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
+        (_, _, name) = connection.execute("PRAGMA database_list").fetchone()
+        self._path = Path(name)
 
     def close(self) -> None:
         self._db.close()
 
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        with explained(f"{what} the database {self._path}", self._path):
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self, *, durable: bool = True) -> Iterator[None]:
+        with self._doing("writing to"), transaction(self._db, durable=durable):
+            yield
+        keep_room(self._path)
+
+    def _commit(self, statement: str, values: tuple[object, ...], *, durable: bool = True) -> None:
+        """One statement as a transaction. On a full disk it is tried again in the room that is kept
+        for this: what has ended must be noted then, too."""
+        try:
+            with self._writing(durable=durable):
+                self._db.execute(statement, values)
+        except BangerError as e:
+            if e.reason != "disk_full":
+                raise
+            with lent_room(self._path), self._writing(durable=durable):
+                self._db.execute(statement, values)
+
     def list(self) -> list[VmRecord]:
-        rows = self._db.execute("SELECT record FROM vms").fetchall()
+        with self._doing("reading"):
+            rows = self._db.execute("SELECT record FROM vms").fetchall()
         records = [msgspec.json.decode(r, type=VmRecord) for (r,) in rows]
         return sorted(records, key=lambda vm: vm.name)
 
     def find(self, vm_id: str) -> VmRecord | None:
-        row = self._db.execute("SELECT record FROM vms WHERE id = ?", (vm_id,)).fetchone()
+        with self._doing("reading"):
+            row = self._db.execute("SELECT record FROM vms WHERE id = ?", (vm_id,)).fetchone()
         return msgspec.json.decode(row[0], type=VmRecord) if row else None
 
     def resolve(self, ref: str) -> VmRecord:
@@ -83,8 +118,7 @@ class VmStore:
         Raises:
             BangerError: already_exists; operation_failed with reason address_exhausted.
         """
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writing():
             rows = self._db.execute("SELECT name, address FROM vms").fetchall()
             names = {n for n, _ in rows}
             if name is None:
@@ -103,14 +137,13 @@ class VmStore:
                 "INSERT INTO vms (id, name, address, record) VALUES (?, ?, ?, ?)",
                 (record.id, record.name, address or None, msgspec.json.encode(record).decode()),
             )
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
         return record
 
     def update(self, vm_id: str, **changes: Any) -> VmRecord:
         """Change fields of a record; `updated_at` follows.
+
+        `touched_at` alone is not waited for: each command would pay a write to the disk for a time
+        whose loss harms nobody.
 
         Raises:
             BangerError: not_found.
@@ -119,11 +152,22 @@ class VmStore:
         if record is None:
             raise BangerError("not_found", f"VM {short_id(vm_id)} is gone", hint="banger vm list")
         record = msgspec.structs.replace(record, updated_at=now_text(), **changes)
-        self._db.execute(
+        self._commit(
             "UPDATE vms SET record = ? WHERE id = ?",
             (msgspec.json.encode(record).decode(), vm_id),
+            durable=changes.keys() != {"touched_at"},
         )
         return record
+
+    def keep_stats(self, vm_id: str, stats: VmStats) -> None:
+        """Keep the last figures of a VM; one that is gone has none. `updated_at` stays."""
+        record = self.find(vm_id)
+        if record is not None:
+            record = msgspec.structs.replace(record, stats=stats)
+            self._db.execute(
+                "UPDATE vms SET record = ? WHERE id = ?",
+                (msgspec.json.encode(record).decode(), vm_id),
+            )
 
     def readdress(
         self,
@@ -137,8 +181,7 @@ class VmStore:
         Raises:
             BangerError: not_found; operation_failed with reason address_exhausted.
         """
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writing():
             record = self.find(vm_id)
             if record is None:
                 raise BangerError(
@@ -151,14 +194,10 @@ class VmStore:
                 "UPDATE vms SET address = ?, record = ? WHERE id = ?",
                 (address, msgspec.json.encode(record).decode(), vm_id),
             )
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
         return record
 
     def delete(self, vm_id: str) -> None:
-        self._db.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+        self._commit("DELETE FROM vms WHERE id = ?", (vm_id,))
 
 
 def _lowest_free(subnet: ipaddress.IPv4Network, taken: set[str]) -> str:

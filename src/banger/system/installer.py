@@ -20,7 +20,7 @@ from banger import __version__
 from banger.config.install import InstallRecord, format_install_record, read_install_record
 from banger.config.settings import read_settings
 from banger.errors import BangerError
-from banger.files import locked, write_atomic
+from banger.files import locked, sync_directory, write_atomic
 from banger.process import find_program
 from banger.system import release
 from banger.system.owner_files import ensure_owner_files
@@ -320,6 +320,7 @@ def _link(link: Path, target: Path) -> None:
     staging.unlink(missing_ok=True)
     staging.symlink_to(target)
     staging.replace(link)
+    sync_directory(link.parent)
 
 
 def _read(path: Path) -> bytes | None:

@@ -21,7 +21,7 @@ import banger
 from banger import __version__
 from banger.config.resources import agent_binary, recipes_directory
 from banger.errors import BangerError
-from banger.files import remove_tree, staging_directory, sync_directory
+from banger.files import publish_directory, remove_tree, staging_directory
 from banger.process import ProcessFailed, run
 from banger.system.requirements import PROJECT, find_distributions, list_files, own_requirements
 from banger.system.zipapp import helper_archive
@@ -77,8 +77,7 @@ def stage_release(
             _write(staging / "bin" / name, text.encode(), mode=0o755)
         _compile(python, library, target / "lib")
         _make_public(staging)
-        staging.rename(target)
-        sync_directory(versions)
+        publish_directory(staging, target)
         return target
 
 

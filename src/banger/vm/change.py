@@ -8,6 +8,7 @@ import msgspec
 
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError
+from banger.faults import step
 from banger.units import format_size
 from banger.vm.cleanup import is_live
 from banger.vm.create import check_sizes
@@ -67,7 +68,8 @@ async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord,
             if live and not await _change_nat(ctx, vm, nat=params.nat):
                 later.append("nat")
             changes["nat"] = params.nat
-        vm = ctx.store.update(vm.id, **changes)
+        async with step("set.record"):
+            vm = ctx.store.update(vm.id, **changes)
         return vm, tuple(later) if live else ()
 
 
@@ -77,8 +79,10 @@ async def _change_nat(ctx: VmContext, vm: VmRecord, *, nat: bool) -> bool:
     if handles.lease is None:
         return vm.nat == nat
     lease = msgspec.structs.replace(handles.lease, nat=nat)
-    await ctx.host.prepare(lease)
-    handles = msgspec.structs.replace(handles, lease=lease)
-    write_handles(ctx.vm_paths(vm.id), handles)
-    ctx.handles[vm.id] = handles
+    async with step("set.lease"):
+        await ctx.host.prepare(lease)
+    async with step("set.handles"):
+        handles = msgspec.structs.replace(handles, lease=lease)
+        write_handles(ctx.vm_paths(vm.id), handles)
+        ctx.handles[vm.id] = handles
     return True

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
+from banger.faults import step
 from banger.files import remove_tree
 from banger.host.lease import LeaseId
 from banger.host.vmm_process import is_alive, kill_vmm
@@ -66,9 +67,10 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
     paths = ctx.vm_paths(vm_id)
     failures: list[str] = []
 
-    async def attempt(what: str, step: Callable[[], Awaitable[object]]) -> bool:
+    async def attempt(name: str, what: str, work: Callable[[], Awaitable[object]]) -> bool:
         try:
-            await step()
+            async with step(name):
+                await work()
         except Exception as e:
             log.warning("cleanup of VM %s: %s: %s", vm_id[:8], what, e)
             failures.append(f"{what}: {e}")
@@ -78,26 +80,40 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
     gone = True
     if handles is not None and handles.process is not None:
         process = handles.process
-        gone = await attempt("ending the VMM", lambda: kill_vmm(process, handles.cgroup))
+        gone = await attempt(
+            "release.process", "ending the VMM", lambda: kill_vmm(process, handles.cgroup)
+        )
     if gone:
         # Damaged handles: the ledger knows the lease by the VM's id.
         lease_id = handles.lease_id if handles is not None else LeaseId(vm_id)
         if lease_id is not None and ctx.host.privilege.kind != "none":
-            await attempt("releasing the lease", lambda: ctx.host.release(lease_id))
+            await attempt(
+                "release.lease", "releasing the lease", lambda: ctx.host.release(lease_id)
+            )
 
         async def remove_sockets() -> None:
             remove_tree(paths.runtime)
 
-        await attempt("removing its sockets", remove_sockets)
+        await attempt("release.sockets", "removing its sockets", remove_sockets)
     if not failures:
-        clear_handles(paths)
-        ctx.handles.pop(vm_id, None)
+
+        async def forget_handles() -> None:
+            clear_handles(paths)
+            ctx.handles.pop(vm_id, None)
+            ctx.admitted.discard(vm_id)
+
+        await attempt("release.handles", "removing its handles", forget_handles)
     return failures
 
 
 async def reset(ctx: VmContext, vm: VmRecord, *, last_error: str | None) -> VmRecord:
     """Bring a VM to `stopped` (or `error` when cleanup could not finish), whatever it was."""
     failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
-    if failures:
-        return ctx.store.update(vm.id, state="error", last_error="; ".join(failures), boot_id=None)
-    return ctx.store.update(vm.id, state="stopped", last_error=last_error, boot_id=None)
+    async with step("release.record"):
+        if failures:
+            return ctx.store.update(
+                vm.id, state="error", last_error="; ".join(failures), boot_id=None, paused=None
+            )
+        return ctx.store.update(
+            vm.id, state="stopped", last_error=last_error, boot_id=None, paused=None
+        )

@@ -64,6 +64,11 @@ class VmContext:
     home: Path = field(default_factory=Path.home)
     """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
+    admitted: set[str] = field(default_factory=set)
+    """VMs whose start was let through, until what they held is given back."""
+    some_run: asyncio.Event = field(default_factory=asyncio.Event)
+    none_run: asyncio.Event = field(default_factory=asyncio.Event)
+    """Whether VMs are watched: what has to look now and then does so only while some are."""
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _background: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -77,6 +82,11 @@ class VmContext:
         lock = self._locks.setdefault(vm_id, asyncio.Lock())
         async with lock:
             yield
+
+    def is_locked(self, vm_id: str) -> bool:
+        """Whether an operation on this VM is under way."""
+        lock = self._locks.get(vm_id)
+        return lock is not None and lock.locked()
 
     def forget(self, vm_id: str) -> None:
         """A deleted VM needs no lock any more."""
@@ -105,11 +115,16 @@ class VmContext:
         self._watchers[vm_id] = asyncio.get_running_loop().create_task(
             watcher, name=f"watch {vm_id[:8]}"
         )
+        self.some_run.set()
+        self.none_run.clear()
 
     def unwatch(self, vm_id: str) -> None:
         watcher = self._watchers.pop(vm_id, None)
         if watcher is not None and watcher is not asyncio.current_task():
             watcher.cancel()
+        if not self._watchers:
+            self.some_run.clear()
+            self.none_run.set()
 
     async def close(self) -> None:
         """Stop watching. Running VMs are not touched."""
@@ -144,15 +159,23 @@ class VmContext:
             f"VM {vm.name}: the machine ended",
             hint=f"banger vm logs {vm.name}",
             reason="connection_lost",
+            outcome="unknown",
         )
 
     def client(self, vm: VmRecord) -> GuestClient:
         """The agent of a running VM.
 
         Raises:
-            BangerError: not_running.
+            BangerError: not_running; operation_failed where its processors stand still.
         """
         handles = self.handles.get(vm.id)
+        if vm.state == "running" and vm.paused is not None:
+            raise BangerError(
+                "operation_failed",
+                f"VM {vm.name} is paused: {vm.paused}",
+                hint="banger vm prune",
+                reason="disk_full",
+            )
         if vm.state != "running" or handles is None:
             why = f" ({vm.last_error})" if vm.last_error else ""
             raise BangerError(

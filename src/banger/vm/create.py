@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import msgspec
 from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError
+from banger.faults import step
 from banger.files import ensure_private_directory, remove_tree, write_atomic
 from banger.host.lease import derive_mac
 from banger.names import check_vm_name, new_vm_id
@@ -23,8 +25,11 @@ from banger.vm.start import start
 
 if TYPE_CHECKING:
     from banger.api.params import CreateVm
+    from banger.config.paths import VmPaths
     from banger.progress import Reporter
     from banger.vm.context import VmContext
+
+log = logging.getLogger(__name__)
 
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
@@ -79,16 +84,23 @@ async def create(
     report: Reporter,
     *,
     owner: OwnerProcess | None = None,
+    building: bool = False,
 ) -> VmRecord:
     """Reserve and, unless `params.start` is false, start a VM of an image that is present.
 
-    `owner` makes it ephemeral: deleted when that process has ended.
+    `owner` makes it ephemeral: deleted when that process has ended. `building`: it is one that an
+    image is made of.
 
     Raises:
         BangerError: nothing of the VM is left then, except with reason guest_not_ready, and where
             the rollback failed: it stays in state error, so that it can be deleted.
     """
-    admission.check_disk(ctx, 0)
+    admission.check_disk(ctx, "creating a VM")
+    if image.install_sshd and not params.nat and not building:
+        report.warn(
+            f"the image {image.name} installs its sshd over the network, and the VM would have "
+            "none: no sshd is installed; see --nat"
+        )
     report.stage("reserve", "reserving name and address")
 
     def build(name: str, address: str) -> VmRecord:
@@ -110,49 +122,68 @@ async def create(
             nat=params.nat,
             ephemeral=owner is not None,
             owner=owner,
+            building=building,
             provisional=True,
             created_at=now,
             updated_at=now,
             touched_at=now,
         )
 
-    vm = ctx.store.reserve(
-        params.name,
-        ctx.settings.subnet if ctx.network == "bridge" else None,
-        frozenset({ctx.settings.bridge_ip}),
-        build,
-    )
+    async with step("create.reserve"):
+        vm = ctx.store.reserve(
+            params.name,
+            ctx.settings.subnet if ctx.network == "bridge" else None,
+            frozenset({ctx.settings.bridge_ip}),
+            build,
+        )
     async with ctx.locked(vm.id):
         try:
             paths = ctx.vm_paths(vm.id)
-            ensure_private_directory(paths.directory)
-            key = generate_key(vm.name)
-            write_atomic(
-                paths.secrets,
-                msgspec.json.encode(
-                    Secrets(
-                        token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public
-                    )
-                ),
-            )
+            async with step("create.secrets"):
+                _make_secrets(paths, vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
             now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready" and not building
             if kept and now is not None:
                 # Its console is wanted: it waits for `vm logs` and `vm delete`.
                 ctx.store.update(vm.id, ephemeral=False, owner=None)
             if not kept and now is not None and now.state != "error":
-                forget_vm(ctx, vm)
+                await forget_vm(ctx, vm)
             raise
 
 
-def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: known_hosts lines, directory, row."""
-    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
-    replace_host(ctx.paths.known_hosts, hosts, None)
-    remove_tree(ctx.vm_paths(vm.id).directory)
-    ctx.store.delete(vm.id)
+def _make_secrets(paths: VmPaths, name: str) -> None:
+    ensure_private_directory(paths.directory)
+    key = generate_key(name)
+    made = Secrets(token=secrets.token_hex(32), host_key=key.private, host_key_pub=key.public)
+    write_atomic(paths.secrets, msgspec.json.encode(made))
+
+
+async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
+    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+
+    The row first: a directory without a row is removed by the next start of the daemon, while a row
+    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+    """
+    directory = ctx.vm_paths(vm.id).directory
+    async with step("delete.row"):
+        try:
+            ctx.store.delete(vm.id)
+        except BangerError as e:
+            if e.reason != "disk_full":
+                raise
+            remove_tree(directory)
+            ctx.store.delete(vm.id)
+    async with step("delete.files"):
+        remove_tree(directory)
     ctx.forget(vm.id)
+    async with step("delete.known_hosts"):
+        try:
+            hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+            replace_host(ctx.paths.known_hosts, hosts, None)
+        except OSError as e:
+            # The next VM of this name or address replaces the lines anyway.
+            log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)

@@ -3,64 +3,95 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
+import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.api.results import VmStats
+from banger.api.stats import VmStats
 from banger.errors import BangerError
-from banger.files import free_bytes
+from banger.files import aside, free_bytes
+from banger.host.usage import read_usage
+from banger.store.vms import now_text
 from banger.vm import console
 from banger.vm.cleanup import is_live
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from banger.api.records import VmRecord
     from banger.vm.context import VmContext
 
-_TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+log = logging.getLogger(__name__)
+
+# A guest under load answers late; its figures are not worth more.
+_GUEST_S = 5.0
+_LEAST_ELAPSED_S = 0.5
 _CHUNK = 64 << 10
 _FOLLOW_S = 0.25
 
 
 async def stats(ctx: VmContext, vm: VmRecord) -> VmStats:
-    """Figures of the VMM process, of both disks and, where it answers, of the guest."""
+    """Figures of the VMM, of both disks, of the tap and, where it answers, of the guest."""
     if not is_live(ctx, vm):
         ctx.client(vm)  # raises not_running with the VM's own reason
     handles = ctx.handles[vm.id]
     assert handles.process is not None
     paths = ctx.vm_paths(vm.id)
-    rss, cpu_s = await asyncio.to_thread(_process_figures, handles.process.pid)
+    usage = await asyncio.to_thread(read_usage, handles.process.pid, vm.id, handles.tap)
     guest, problem = None, None
     try:
-        guest = msgspec.to_builtins(await ctx.client(vm).stats())
+        async with asyncio.timeout(_GUEST_S):
+            guest = msgspec.to_builtins(await ctx.client(vm).stats())
     except BangerError as e:
         problem = str(e)
+    except TimeoutError:
+        problem = f"the guest agent gave no figures within {_GUEST_S:g} s"
+    now = datetime.now(UTC)
     return VmStats(
         vm=vm.name,
-        vmm_rss_bytes=rss,
-        vmm_cpu_s=cpu_s,
+        sampled_at=now_text(),
+        vmm_rss_bytes=usage.rss_bytes,
+        vmm_cpu_s=usage.cpu_s,
+        cpu_percent=cpu_percent(vm.stats, usage.cpu_s, now),
+        memory_bytes=usage.memory_bytes,
+        memory_limit_bytes=usage.memory_limit_bytes,
+        tasks=usage.tasks,
+        disk_read_bytes=usage.read_bytes,
+        disk_written_bytes=usage.written_bytes,
         overlay_allocated_bytes=_allocated(paths.overlay),
         overlay_promised_bytes=vm.overlay_bytes,
         work_allocated_bytes=_allocated(paths.work),
         work_promised_bytes=vm.work_disk_bytes,
         host_free_bytes=free_bytes(ctx.paths.state),
+        network_sent_bytes=usage.sent_bytes,
+        network_received_bytes=usage.received_bytes,
         guest=guest,
         guest_error=problem,
     )
 
 
-def _process_figures(pid: int) -> tuple[int, float]:
-    # proc_pid_stat(5); fields are counted after the last ')', for the name may hold anything.
+def cpu_percent(before: VmStats | None, cpu_s: float, now: datetime) -> float | None:
+    """How much of one CPU went by since earlier figures; None where that says nothing: the first
+    figures of a run, a clock that went back, or no time in between."""
+    if before is None or not before.sampled_at or cpu_s < before.vmm_cpu_s:
+        return None
+    elapsed_s = (now - datetime.fromisoformat(before.sampled_at)).total_seconds()
+    if elapsed_s < _LEAST_ELAPSED_S:
+        return None
+    return round(100 * (cpu_s - before.vmm_cpu_s) / elapsed_s, 1)
+
+
+async def collect(ctx: VmContext, vm: VmRecord) -> None:
+    """Keep the figures of a running VM in its record. One that cannot be looked at is left out."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return 0, 0.0
-    return int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS
+        figures = await stats(ctx, vm)
+    except BangerError as e:
+        log.debug("no figures of VM %s: %s", vm.name, e)
+    else:
+        ctx.store.keep_stats(vm.id, figures)
 
 
 def _allocated(path: Path) -> int:
@@ -73,14 +104,22 @@ def _allocated(path: Path) -> int:
 async def logs(
     ctx: VmContext, vm: VmRecord, *, tail: int | None, follow: bool
 ) -> AsyncIterator[bytes]:
-    """The console, made harmless for a terminal; with `follow` until the VM ends."""
+    """The console, made harmless for a terminal; with `follow` until the VM ends.
+
+    What was moved aside because the console had grown too long comes first.
+    """
     path = ctx.vm_paths(vm.id).console
     position = 0
     if tail is not None:
         lines = console.tail(path, tail)
+        if len(lines) < tail:
+            lines = console.tail(aside(path), tail - len(lines)) + lines
         position = path.stat().st_size if path.exists() else 0
         if lines:
             yield ("\n".join(lines) + "\n").encode()
+    else:
+        async for data in _earlier(aside(path)):
+            yield data
     while True:
         live = is_live(ctx, ctx.store.resolve(vm.id)) if follow else False
         data, position = await asyncio.to_thread(_read_from, path, position)
@@ -93,9 +132,20 @@ async def logs(
         await asyncio.sleep(_FOLLOW_S)
 
 
+async def _earlier(path: Path) -> AsyncIterator[bytes]:
+    position = 0
+    while True:
+        data, position = await asyncio.to_thread(_read_from, path, position)
+        if not data:
+            return
+        yield console.clean(data)
+
+
 def _read_from(path: Path, position: int) -> tuple[bytes, int]:
     try:
         with path.open("rb") as f:
+            if f.seek(0, 2) < position:
+                position = 0  # it was emptied meanwhile
             f.seek(position)
             # Not half a character, which would escape the cleaning of either half.
             data = f.read(_CHUNK).rstrip(b"\xc2")

@@ -199,6 +199,7 @@ def build_start_plan(
             authorized_keys=authorized_keys,
             host_key=secrets.host_key,
             host_key_pub=secrets.host_key_pub,
+            install_sshd=image.install_sshd and vm.nat and not vm.building,
             image_config=image.oci,
             git_identity=git_identity,
         ),

@@ -37,10 +37,10 @@ async def reconcile(ctx: VmContext) -> None:
 async def _reconcile_one(ctx: VmContext, vm: VmRecord) -> None:
     handles = handles_of(ctx, vm.id)
     alive = handles is not None and handles.process is not None and is_alive(handles.process)
-    if vm.state == "running" and alive:
+    if vm.state == "running" and alive and not vm.building:
         assert handles is not None
         await adopt(ctx, vm, handles)
-    elif vm.state == "running":
+    elif vm.state == "running" and not vm.building:
         log.warning("VM %s ended while no daemon ran", vm.name)
         await reset(ctx, vm, last_error="the machine ended while no daemon was running")
     elif vm.provisional or handles is not None:
@@ -50,7 +50,7 @@ async def _reconcile_one(ctx: VmContext, vm: VmRecord) -> None:
         if failures:
             ctx.store.update(vm.id, state="error", last_error="; ".join(failures))
         elif vm.provisional:
-            forget_vm(ctx, vm)
+            await forget_vm(ctx, vm)
 
 
 async def adopt(ctx: VmContext, vm: VmRecord, handles: Handles) -> None:

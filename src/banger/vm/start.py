@@ -21,7 +21,8 @@ import msgspec
 
 from banger.disk.blank import Role, extend_disk, write_blank_disk
 from banger.disk.initrd import write_vm_initrd
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
+from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
 from banger.guest.config import CONFIG_MEMBER
@@ -66,8 +67,11 @@ async def start(
     """
     if is_live(ctx, vm):
         return vm
+    _refuse_lost(ctx, vm)
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
-    if failures := await release_everything(ctx, vm.id, handles_of(ctx, vm.id)):
+    async with step("start.clean"):
+        failures = await release_everything(ctx, vm.id, handles_of(ctx, vm.id))
+    if failures:
         raise BangerError(
             "operation_failed",
             f"starting VM {vm.name}: what it held before could not be given back: "
@@ -79,10 +83,13 @@ async def start(
     driver = await ctx.driver()
     image, kernel = await asyncio.to_thread(_check_files, ctx, vm)
     admission.check_memory(ctx, vm, allow_overcommit=allow_overcommit)
-    admission.check_disk(ctx, 0)
+    wanted = admission.start_bytes(ctx, vm, kernel)
+    admission.check_disk(ctx, f"starting VM {vm.name}", wanted)
     timer.stage("plan", "planning")
-    plan = await _plan(ctx, vm, image, kernel, driver)
-    entries = choose_entries(ctx.settings.file_sync, first_start=not vm.files_synced)
+    async with step("start.plan"):
+        plan = await _plan(ctx, vm, image, kernel, driver)
+    synced = () if vm.building else ctx.settings.file_sync
+    entries = choose_entries(synced, first_start=not vm.files_synced)
     files = await asyncio.to_thread(plan_file_sync, entries, ctx.home)
     for warning in files.warnings:
         report.warn(warning)
@@ -91,12 +98,14 @@ async def start(
         # Registered first, because every step from here on leaves something that this gives back.
         undo.push("what it held", lambda: _release(ctx, vm.id))
         timer.stage("disks", "preparing disks")
-        await _finish_thread(_make_disks, ctx, plan)
+        async with step("start.disks"):
+            await _finish_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
             timer.stage("lease", "connecting the network")
-            lease = await ctx.host.prepare(plan.lease)
+            async with step("start.lease"):
+                lease = await ctx.host.prepare(plan.lease)
             handles = Handles(
                 vmm=driver.name,
                 endpoint=plan.endpoint,
@@ -107,36 +116,42 @@ async def start(
             )
             plan = plan.with_tap(lease.tap)
         timer.stage("handles", "recording what it holds")
-        write_handles(plan.paths, handles)
-        ctx.handles[vm.id] = handles
+        async with step("start.handles"):
+            write_handles(plan.paths, handles)
+            ctx.handles[vm.id] = handles
 
         with contextlib.ExitStack() as listening:
             announced = listening.enter_context(
                 ctx.announcements.expect(vm.id, plan.guest_config.token)
             )
             timer.stage("launch", f"starting {driver.name}")
-            process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
-            handles = msgspec.structs.replace(handles, process=process)
-            ctx.handles[vm.id] = handles
-            write_handles(plan.paths, handles)
+            async with step("start.launch"):
+                process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
+            async with step("start.process"):
+                handles = msgspec.structs.replace(handles, process=process)
+                ctx.handles[vm.id] = handles
+                write_handles(plan.paths, handles)
             ended = asyncio.Event()
             exited = asyncio.ensure_future(wait_exit(process))
             exited.add_done_callback(lambda _: ended.set())
             try:
                 try:
-                    await driver.start(plan.machine, ended, timeout_s=plan.ready_timeout_s)
+                    async with step("start.configure"):
+                        await driver.start(plan.machine, ended, timeout_s=plan.ready_timeout_s)
                 except BangerError as e:
                     if e.reason == "vmm_exited" and exited.done():
                         raise _ended(plan, exited.result(), console_start) from e
                     raise
                 timer.stage("ready", "waiting for the guest")
-                announcement = await _ready(announced, exited, plan, console_start)
+                async with step("start.ready"):
+                    announcement = await _ready(announced, exited, plan, console_start)
                 if files.members:
                     timer.stage("file_sync", "copying files of your home")
                     client = GuestClient(plan.endpoint, plan.guest_config.token)
-                    await send_files(client, files, exited, vm.name)
+                    async with step("start.file_sync"):
+                        await send_files(client, files, exited, vm.name)
             except BangerError as e:
-                if e.reason == "guest_not_ready":
+                if e.reason == "guest_not_ready" and not vm.building:
                     # It may still come up: the VM is kept, its console tells more.
                     undo.keep()
                     _publish(ctx, vm, driver, process, None)
@@ -146,13 +161,34 @@ async def start(
                     exited.cancel()
                     await asyncio.gather(exited, return_exceptions=True)
         timer.stage("publish", "ready")
-        undo.keep()
-        running = _publish(ctx, vm, driver, process, announcement)
+        async with step("start.publish"):
+            undo.keep()
+            running = _publish(ctx, vm, driver, process, announcement)
     timer.log(vm)
     if plan.lease is not None:
         # Not before: on a small host it would take from the guest's boot.
         ctx.host.refill(plan.lease.bridge)
     return running
+
+
+def _refuse_lost(ctx: VmContext, vm: VmRecord) -> None:
+    """A VM that has run keeps its disks, or does not start: an empty one is not what it was.
+
+    Raises:
+        BangerError: reason disk_missing.
+    """
+    if vm.vmm is None:
+        return
+    paths = ctx.vm_paths(vm.id)
+    lost = [str(disk) for disk in (paths.work, paths.overlay) if not disk.exists()]
+    if lost:
+        raise BangerError(
+            "operation_failed",
+            f"starting VM {vm.name}: {' and '.join(lost)} is missing, with what the VM had written "
+            "there; put it back from a backup, or delete the VM: no empty disk takes its place",
+            hint=f"banger vm delete {vm.name}",
+            reason="disk_missing",
+        )
 
 
 def _ensure_address(ctx: VmContext, vm: VmRecord) -> VmRecord:
@@ -195,8 +231,9 @@ async def _plan(
         secrets=read_secrets(ctx.vm_paths(vm.id)),
         settings=ctx.settings,
         capabilities=driver.capabilities,
-        authorized_keys=ctx.authorized_keys(),
-        git_identity=ctx.git_identity(),
+        # What a build's machine has of its owner would be in the image.
+        authorized_keys=() if vm.building else ctx.authorized_keys(),
+        git_identity=None if vm.building else ctx.git_identity(),
         agent_host_port=_free_port() if vm.network == "user" else None,
         jailing=await ctx.jailing() if driver.name == "firecracker" else None,
         uplink_mtu=find_uplink_mtu() if vm.nat else None,
@@ -261,7 +298,7 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
             "operation_failed",
             f"preparing the disks of VM {plan.vm.name} in {paths.directory}: {e.strerror}",
             hint=f"df -h {ctx.paths.state}",
-            reason="disk_full" if e.errno == 28 else None,
+            reason="disk_full" if is_disk_full(e) else None,
         ) from e
     replace_host(
         ctx.paths.known_hosts,
@@ -314,6 +351,7 @@ async def _ready(
         f"{plan.ready_timeout_s:g} s; last console line: {line!r}; the VM still exists",
         hint=f"banger vm logs {plan.vm.name}",
         reason="guest_not_ready",
+        outcome="unknown",
     )
 
 
@@ -340,7 +378,7 @@ def _publish(
     record = ctx.store.update(
         vm.id,
         state="running",
-        provisional=False,
+        provisional=vm.building,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
         files_synced=vm.files_synced or announcement is not None,

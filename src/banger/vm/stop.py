@@ -7,9 +7,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
+from banger.faults import step
 from banger.host.vmm_process import signal_vmm, wait_exit
 from banger.vm.cleanup import handles_of, is_live, reset
 from banger.vm.create import forget_vm
+from banger.vm.space import resume
 
 if TYPE_CHECKING:
     from banger.api.records import VmRecord
@@ -38,15 +40,23 @@ def check_signal(name: str) -> str:
 
 
 async def stop(
-    ctx: VmContext, vm: VmRecord, *, timeout_s: float | None = None
+    ctx: VmContext,
+    vm: VmRecord,
+    *,
+    timeout_s: float | None = None,
+    untouched_since: str | None = None,
+    last_error: str | None = None,
 ) -> tuple[VmRecord, str | None]:
     """Stop a VM; return its record and a sentence when there is something to say.
 
     The guest gets `timeout_s` (default: stop_timeout) to stop its services, sync and end the
-    machine; then it is killed.
+    machine; then it is killed. With `untouched_since` one that was touched later is left running.
+    `last_error` is why it stopped, where nobody asked for it.
     """
     async with ctx.locked(vm.id):
         vm = _reread(ctx, vm)
+        if untouched_since is not None and vm.touched_at != untouched_since:
+            return vm, None
         if not is_live(ctx, vm):
             if vm.state in ("created", "stopped") and handles_of(ctx, vm.id) is None:
                 return vm, f"VM {vm.name} was not running"
@@ -54,7 +64,7 @@ async def stop(
         note = await _end_gracefully(
             ctx, vm, ctx.settings.stop_timeout_s if timeout_s is None else timeout_s
         )
-        return await reset(ctx, vm, last_error=None), note
+        return await reset(ctx, vm, last_error=last_error), note
 
 
 async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str | None:
@@ -65,13 +75,17 @@ async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str |
         grace_s *= 3
     grace_s = min(grace_s, _MOST_GRACE_S)
     try:
-        await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
+        async with step("stop.guest"):
+            if vm.paused is not None:
+                # Only a guest that runs can end in order.
+                vm = await resume(ctx, vm)
+            await ctx.client(vm).shutdown(grace_s=grace_s, connect_s=_CONNECT_S)
     except BangerError as e:
         log.warning("VM %s: the agent did not take the shutdown: %s", vm.name, e)
         return f"the agent of VM {vm.name} did not answer; it was killed, unsynced data may be lost"
     try:
         # Beyond the grace the agent ends everything itself, syncs, and reboots: that is its time.
-        async with asyncio.timeout(grace_s + _AGENT_S):
+        async with step("stop.exit"), asyncio.timeout(grace_s + _AGENT_S):
             await wait_exit(handles.process)
     except TimeoutError:
         return f"VM {vm.name} did not end within {grace_s:g} s and was killed"
@@ -90,7 +104,7 @@ async def kill(ctx: VmContext, vm: VmRecord, signal: str) -> tuple[VmRecord, str
             ctx.unwatch(vm.id)
             signal_vmm(handles.process, signal, missing_ok=True)
             try:
-                async with asyncio.timeout(ctx.settings.stop_timeout_s):
+                async with step("kill.signal"), asyncio.timeout(ctx.settings.stop_timeout_s):
                     await wait_exit(handles.process)
             except TimeoutError:
                 log.info("VM %s outlived %s and is killed", vm.name, signal)
@@ -116,7 +130,7 @@ async def delete(ctx: VmContext, vm: VmRecord, *, kill_it: bool = False) -> str 
                 f"deleting VM {vm.name}: {vm.last_error}",
                 hint=f"banger vm delete {vm.name}",
             )
-        forget_vm(ctx, vm)
+        await forget_vm(ctx, vm)
     return None
 
 

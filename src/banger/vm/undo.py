@@ -46,6 +46,7 @@ class Undo:
         tb: TracebackType | None,
     ) -> None:
         failures: list[str] = []
+        rolling_back = bool(self._steps)
         while self._steps:
             what, release = self._steps.pop()
             try:
@@ -53,5 +54,7 @@ class Undo:
             except Exception as e:
                 log.warning("undoing %s: %s", what, e)
                 failures.append(f"undoing {what}: {e}")
-        if failures and isinstance(error, BangerError):
+        if rolling_back and isinstance(error, BangerError):
             error.also += failures
+            # What a lost reply left open is settled by having given everything back.
+            error.outcome = "unknown" if failures else "failed"

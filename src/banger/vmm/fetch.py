@@ -14,7 +14,14 @@ import zipfile
 from pathlib import Path
 
 from banger.errors import BangerError
-from banger.files import ensure_private_directory, locked, sha256_file, staging_directory
+from banger.files import (
+    ensure_private_directory,
+    locked,
+    sha256_file,
+    staging_directory,
+    sync_directory,
+    sync_file,
+)
 from banger.process import run
 
 LOCK = Path(__file__).with_name("firecracker.lock")
@@ -62,9 +69,12 @@ def fetch_firecracker(directory: Path) -> tuple[Path, ...]:
                     hint="pip config list",
                 )
             part.chmod(0o755)
+            sync_file(part)
             parts.append(part)
         directory.mkdir(exist_ok=True)
-        return tuple(part.replace(directory / part.name) for part in parts)
+        found = tuple(part.replace(directory / part.name) for part in parts)
+        sync_directory(directory)
+        return found
 
 
 def _find_pip() -> list[str]:

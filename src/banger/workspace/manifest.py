@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from banger.api.records import Workspace
-from banger.files import write_atomic
+from banger.files import sync_directory, write_atomic
 from banger.rpc.trees import Record  # noqa: TC001 - msgspec reads the annotations
 from banger.workspace.options import HostStat  # noqa: TC001 - msgspec reads the annotations
 from banger.workspace.tree_id import TreeHasher
@@ -116,6 +116,7 @@ def accept_offer(directory: Path, guest_path: str, offer: str) -> bool:
         return False
     try:
         path.with_suffix(f".offer-{offer}").replace(path)
+        sync_directory(path.parent)
     except FileNotFoundError:
         return False
     return True

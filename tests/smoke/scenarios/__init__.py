@@ -8,8 +8,10 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     agents,
     network,
     refusals,
+    images,
     jail,
     services,
+    power,
     figures,
 )
 
@@ -18,9 +20,11 @@ __all__ = [
     "changes",
     "commands",
     "figures",
+    "images",
     "jail",
     "lifecycle",
     "network",
+    "power",
     "refusals",
     "services",
     "workspace",

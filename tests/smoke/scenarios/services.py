@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -97,24 +98,63 @@ def user_mode() -> None:
     for part in ("bin", "kernels", "images"):
         host("cp", "-a", f"/var/lib/banger/{part}", str(state))
     host("chown", "-R", "root:root", str(state))
-    config = Path("/etc/banger/config.toml").read_text()
-    (root / "config" / "banger" / "config.toml").write_text(
+    config = root / "config" / "banger" / "config.toml"
+    text = (
         'bridge_name = "br-fc-user"\nbridge_ip = "172.31.77.1"\n'
-        f'dns_listen_addr = "127.0.0.1:42070"\n{config}'
+        f'dns_listen_addr = "127.0.0.1:42070"\n{Path("/etc/banger/config.toml").read_text()}'
     )
+    config.write_text(text)
     try:
         out = user("vm", "run", "--name", "user", "--", "sh", "-c", "hostname; exit 3", status=3)
         expect(out == "user\n", f"stdout is {out!r}")
         expect(user.json("vm", "show", "user")["vmm"] == "firecracker", "not firecracker")
         expect(banger.vm_names() == [], "the installed daemon sees a VM of user mode")
         expect(user.vm_names() == ["user"], "user mode does not list its VM")
+        _check_limits(user, state)
         kill_and_wait(int(user.json("daemon", "status", "--json")["pid"]))
         user("vm", "exec", "user", "--", "true")
+        _check_full_disk(user, config, text)
         user("vm", "delete", "user")
     finally:
         user.done("daemon", "stop")
         host("ip", "link", "delete", "br-fc-user", status=None)
         host("rm", "-rf", str(root))
+
+
+def _check_limits(user: Caller, state: Path) -> None:
+    """Those of a cgroup of our own, where no systemd makes scopes; and that `vm stats` reads it."""
+    record = user.json("vm", "show", "user")
+    handles = json.loads((state / "vms" / record["id"] / "handles.json").read_text())
+    group = Path(f"/proc/{handles['process']['pid']}/cgroup").read_text().strip()
+    expect(group == f"0::/banger/{record['id']}", f"its cgroup is {group}")
+    directory = Path(f"/sys/fs/cgroup/banger/{record['id']}")
+    limit = (record["memory_mib"] + 256) << 20
+    for name, wanted in (("pids.max", "256"), ("memory.max", str(limit))):
+        found = (directory / name).read_text().strip()
+        expect(found == wanted, f"{name} is {found}, expected {wanted}")
+    (stats,) = user.json("vm", "stats", "user")
+    expect(stats["memory_limit_bytes"] == limit, f"stats say {stats['memory_limit_bytes']}")
+    expect(0 < stats["memory_bytes"] <= limit, f"it uses {stats['memory_bytes']}")
+    expect(stats["vmm_cpu_s"] > 0 and stats["network_sent_bytes"] > 0, f"stats are {stats}")
+
+
+def _check_full_disk(user: Caller, config: Path, text: str) -> None:
+    """Firecracker pauses a VM below a quarter of the reserve, here one that no disk has."""
+
+    def restart(with_text: str) -> None:
+        user("daemon", "stop")
+        config.write_text(with_text)
+
+    def paused() -> bool:
+        return user.json("vm", "show", "user")["paused"] is not None
+
+    restart(f'disk_reserve = "900T"\nstats_poll_interval = "1s"\n{text}')
+    wait_until(paused, "the VM to be paused", 60)
+    done = user.done("vm", "exec", "user", "--", "true")
+    expect(done.status == 1 and "is paused" in done.err, f"exec said {done.err}")
+    restart(text)
+    wait_until(lambda: not paused(), "the VM to go on", 60)
+    user("vm", "exec", "user", "--", "true")
 
 
 @scenario("global", "refused while a VM runs; --purge leaves the user's own files only",

@@ -1,0 +1,76 @@
+"""What a killed daemon left half-written in the state directory, removed by the next one.
+
+Everything that banger writes there takes its name when it is whole (`banger.files`); until then it
+has a name that says so. Only the daemon writes there while it holds its lock, but for the owner's
+keys and fetched programs, which have locks of their own. The cache is not looked at: several
+daemons may share it, and each build removes what an earlier one of its name left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from banger.files import remove_leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from banger.config.paths import Paths
+
+log = logging.getLogger(__name__)
+
+
+def sweep_leftovers(paths: Paths) -> None:
+    """Remove them; failures are logged, since nothing depends on it."""
+    entries = (*_directories(paths.images), *_directories(paths.kernels))
+    vms = _directories(paths.vms)
+    plain = (paths.images, paths.kernels, paths.templates, *entries, *vms)
+    below = [directory for vm in vms for directory in _directories(vm)]
+    for directory in (*plain, *below):
+        _sweep(directory)
+    for directory, lock in (
+        (paths.state, paths.state / ".bin.lock"),
+        (paths.ssh, paths.ssh / ".lock"),
+    ):
+        with _unless_locked(lock) as free:
+            if free:
+                _sweep(directory)
+
+
+def _sweep(directory: Path) -> None:
+    try:
+        for name in remove_leftovers(directory):
+            log.warning("%s was not finished and is removed", directory / name)
+    except OSError as e:
+        log.warning("clearing up %s: %s", directory, e)
+
+
+def _directories(directory: Path) -> list[Path]:
+    try:
+        return sorted(p for p in directory.iterdir() if p.is_dir() and not p.is_symlink())
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _unless_locked(path: Path) -> Iterator[bool]:
+    """Hold a lock for the block; False where somebody else has it, who is then at work there."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""`make soak`: the same work again and again, and a judgement whether anything grows."""
