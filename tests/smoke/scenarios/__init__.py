@@ -8,6 +8,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
     network,
     refusals,
     jail,
+    faults,
     services,
     figures,
 )
@@ -15,6 +16,7 @@ from tests.smoke.scenarios import (  # isort: skip - the order in which they are
 __all__ = [
     "changes",
     "commands",
+    "faults",
     "figures",
     "jail",
     "lifecycle",

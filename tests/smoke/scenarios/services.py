@@ -19,6 +19,7 @@ from tests.smoke.calls import (
 )
 from tests.smoke.census import banger_processes, links, ruleset, take_census, vmm_processes
 from tests.smoke.registry import scenario
+from tests.smoke.user_mode import user_mode as user_installation
 
 _DAEMON, _HELPER = "bangerd.service", "bangerd-root.service"
 # Stages of a start, as the command shows them; `reserve` and `plan` acquire nothing on the host.
@@ -82,27 +83,7 @@ def crash_census() -> None:
 
 @scenario("global", "one VM in user mode as root beside the installed one; nothing of it stays")
 def user_mode() -> None:
-    root = Path("/var/lib/smoke-user")
-    extra = {
-        "BANGER_MODE": "user",
-        "XDG_STATE_HOME": str(root / "state"),
-        "XDG_CACHE_HOME": str(root / "cache"),
-        "XDG_CONFIG_HOME": str(root / "config"),
-        "XDG_RUNTIME_DIR": str(root / "run"),
-    }
-    user = Caller(user="root", program=banger.program, extra=extra)
-    state = root / "state" / "banger"
-    for directory in (state, root / "cache", root / "config" / "banger", root / "run"):
-        directory.mkdir(parents=True, mode=0o700)
-    for part in ("bin", "kernels", "images"):
-        host("cp", "-a", f"/var/lib/banger/{part}", str(state))
-    host("chown", "-R", "root:root", str(state))
-    config = Path("/etc/banger/config.toml").read_text()
-    (root / "config" / "banger" / "config.toml").write_text(
-        'bridge_name = "br-fc-user"\nbridge_ip = "172.31.77.1"\n'
-        f'dns_listen_addr = "127.0.0.1:42070"\n{config}'
-    )
-    try:
+    with user_installation() as user:
         out = user("vm", "run", "--name", "user", "--", "sh", "-c", "hostname; exit 3", status=3)
         expect(out == "user\n", f"stdout is {out!r}")
         expect(user.json("vm", "show", "user")["vmm"] == "firecracker", "not firecracker")
@@ -111,10 +92,6 @@ def user_mode() -> None:
         kill_and_wait(int(user.json("daemon", "status", "--json")["pid"]))
         user("vm", "exec", "user", "--", "true")
         user("vm", "delete", "user")
-    finally:
-        user.done("daemon", "stop")
-        host("ip", "link", "delete", "br-fc-user", status=None)
-        host("rm", "-rf", str(root))
 
 
 @scenario("global", "refused while a VM runs; --purge leaves the user's own files only",
