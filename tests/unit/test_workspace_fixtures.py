@@ -21,6 +21,8 @@ from workspace_kit import ENVIRONMENT, git, write
 FIXTURES = Path("/usr/share/doc/libgit2-fixtures/examples")
 # Their `.git` is a file that leads to another fixture, under a name that is not there.
 _NAMES = sorted(p.parent.name for p in FIXTURES.glob("*/.gitted") if p.is_dir()) or ["none"]
+# Their index names an object that is not there: all of it cannot be shipped.
+_DAMAGED = ("revert",)
 _MODES: tuple[Mode, ...] = ("shallow_overlay", "metadata_only", "full_copy")
 _WAYS = [(mode, has_git) for mode in _MODES for has_git in (True, False)]
 # One way for each repository, so that all have their turn; with BANGER_SOAK each goes every way.
@@ -55,8 +57,15 @@ def _judge(copy: Path, place: Path) -> set[bytes]:
 
 
 def _lines(repository: Path, tree: str) -> set[bytes]:
+    """Without what no checkout can hold, and therefore no patch can name."""
     lines = git(repository, "ls-tree", "-r", "-z", tree).split(b"\0")[:-1]
-    return {line for line in lines if not line.startswith(b"160000")}
+    odd = (b"..", b".git")
+    return {
+        line
+        for line in lines
+        if not line.startswith(b"160000")
+        and not any(part in odd for part in line.partition(b"\t")[2].split(b"/"))
+    }
 
 
 def _patched(source: Path, base: str | None, patch: bytes, place: Path) -> set[bytes]:
@@ -94,6 +103,9 @@ def test_repository_comes_back_as_git_sees_it(
     try:
         done = guests.prepare(source, ShipOptions(mode=mode), name=name)
     except BangerError as e:
+        if name in _DAMAGED and mode == "full_copy":
+            assert "unable to read" in str(e)
+            return
         # Submodules go in one mode only, and there is no commit to ship of an unborn branch.
         if e.reason != "submodules" and not (mode == "metadata_only" and "commit" in str(e)):
             raise
