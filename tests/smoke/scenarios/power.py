@@ -36,6 +36,8 @@ def _lose_power() -> None:
     os.sync()
     guests.create("gone", "--no-start")
     guests.create("power")
+    banger("vm", "delete", "gone")
+    guests.create("new", "--no-start")
     writer = banger.banger_started(
         "vm", "exec", "power", "--", "sh", "-c", _WRITER,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
@@ -46,8 +48,7 @@ def _lose_power() -> None:
             number = int(line)
             events.emit(told=number)
             if number == _NUMBERS:
-                banger("vm", "delete", "gone")
-                guests.create("new", "--no-start")
+                # At once: what is not synced by now must not get the time to be.
                 events.emit(cut=True)
     raise AssertionError("the guest has stopped writing, and the power is still there")
 
