@@ -87,11 +87,9 @@ def cpu_percent(before: VmStats | None, cpu_s: float, now: datetime) -> float | 
 async def collect(ctx: VmContext, vm: VmRecord) -> None:
     """Keep the figures of a running VM in its record. One that cannot be looked at is left out."""
     try:
-        figures = await stats(ctx, vm)
+        ctx.store.keep_stats(vm.id, await stats(ctx, vm))
     except BangerError as e:
         log.debug("no figures of VM %s: %s", vm.name, e)
-    else:
-        ctx.store.keep_stats(vm.id, figures)
 
 
 def _allocated(path: Path) -> int:
