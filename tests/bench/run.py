@@ -1,7 +1,7 @@
 """The bench: measures, prints a table, keeps the figures in bench/results.
 
     .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import workspace
-                                                       large cli dns kernel oci memory
+                                                       large bounded cli dns kernel oci memory
     BENCH_RUNS=20 make bench                           more than the ten runs of each side
 
 Ends with status 0 whatever the figures are: a missed aim is a finding, not a failure.
@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 from tests.bench import (  # noqa: E402 - needs the path
     big_tree,
+    bounded,
     dns,
     import_tree,
     in_guest,
@@ -47,9 +48,11 @@ _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "kernel": kernels.boot,
     "memory": on_host.memory,
     "large": big_tree.large_repository,
+    "bounded": bounded.bounded_memory,
 }
 _ORDER = (
-    "run", "exec", "cat", "import", "workspace", "large", "cli", "dns", "kernel", "oci", "memory",
+    "run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "kernel", "oci",
+    "memory",
 )  # fmt: skip
 
 

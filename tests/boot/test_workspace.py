@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from boot.installation import SMALL, Installation
+from workspace_kit import commit, git, head, make_repository, tracked_files, write
+from workspace_steps import FILE_STEPS, SOAK, Step, apply_step, steps
 
 # Modes, a symlink, a binary file, a rename, a deletion, an odd name, an ignored file.
 _WORK = r"""
@@ -115,3 +120,52 @@ def test_commits_made_in_the_guest_come_back_as_commits(
         "vm", "exec", "--guest-path", place, vm, "--", "git", "status", "--porcelain"
     ).text
     assert out == " M run.sh\n"
+
+
+@pytest.mark.timeout(300 * SOAK)
+@settings(
+    max_examples=3 * SOAK, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+@given(
+    commits=st.lists(steps(FILE_STEPS, 8), min_size=1, max_size=2),
+    edits=steps(FILE_STEPS, 12),
+    mode=st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"]),
+)
+def test_a_sample_of_random_work_comes_back_as_it_was_done(
+    banger: Installation, vm: str, commits: list[list[Step]], edits: list[Step], mode: str
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        source, done = make_repository(Path(directory, "source")), Path(directory, "done")
+        write(source, "always", "here\n")
+        for made in commits:
+            for step in made:
+                apply_step(source, step)
+            commit(source)
+        git(source, "clean", "-qfdx")
+        place = f"/root/{Path(directory).name}"
+        where = ("--guest-path", place)
+        banger.ok("vm", "workspace", "prepare", vm, str(source), *where, "--mode", mode)
+        assert banger.ok("vm", "workspace", "export", vm, *where).out == b""
+        # The work is done here, where git can judge it, and the guest gets its result.
+        shutil.copytree(source, done, symlinks=True)
+        for step in edits:
+            apply_step(done, step)
+        git(done, "add", "-A")
+        tree = git(done, "write-tree").decode().strip()
+        files = tracked_files(done)
+        shutil.rmtree(done / ".git")
+        clear = "find . -mindepth 1 -maxdepth 1 ! -name .git -exec rm -rf {} +"
+        banger.ok("vm", "exec", *where, vm, "--", "sh", "-c", clear)
+        banger.ok("vm", "cp", "-q", f"{done}/.", f"{vm}:{place}")
+        patch = banger.ok("vm", "workspace", "export", vm, *where).out
+        clone = Path(directory, "clone")
+        git(source, "clone", "-q", str(source), str(clone))
+        git(clone, "checkout", "-q", "--detach", head(source))
+        if patch:
+            git(clone, "apply", "--binary", "--index", "--whitespace=nowarn", stdin=patch)
+        assert git(clone, "write-tree").decode().strip() == tree
+        back = Path(directory, "back")
+        banger.ok("vm", "cp", "-q", f"{vm}:{place}", str(back))
+        assert tracked_files(back) == files
+        banger.ok("vm", "exec", "--guest-path", "/", vm, "--", "rm", "-rf", place)

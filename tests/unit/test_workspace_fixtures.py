@@ -5,6 +5,7 @@ git on the host judges: what it takes the guest's tree for is what the patch mak
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,13 +14,21 @@ from pathlib import Path
 import pytest
 
 from banger.errors import BangerError
-from banger.workspace.options import ShipOptions
+from banger.workspace.options import Mode, ShipOptions
 from fakes.guest_files import GuestHost, guest_host
 from workspace_kit import ENVIRONMENT, git, write
 
 FIXTURES = Path("/usr/share/doc/libgit2-fixtures/examples")
 # Their `.git` is a file that leads to another fixture, under a name that is not there.
 _NAMES = sorted(p.parent.name for p in FIXTURES.glob("*/.gitted") if p.is_dir()) or ["none"]
+_MODES: tuple[Mode, ...] = ("shallow_overlay", "metadata_only", "full_copy")
+_WAYS = [(mode, has_git) for mode in _MODES for has_git in (True, False)]
+# One way for each repository, so that all have their turn; with BANGER_SOAK each goes every way.
+_CASES = [
+    (name, *way)
+    for number, name in enumerate(_NAMES)
+    for way in (_WAYS if "BANGER_SOAK" in os.environ else _WAYS[number % len(_WAYS) :][:1])
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +84,18 @@ def _edit(copy: Path) -> None:
     (copy / "new link").symlink_to("new directory")
 
 
-@pytest.mark.parametrize("name", _NAMES)
-def test_repository_comes_back_as_git_sees_it(guests: GuestHost, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "mode", "has_git"), _CASES)
+def test_repository_comes_back_as_git_sees_it(
+    guests: GuestHost, name: str, mode: Mode, has_git: bool, tmp_path: Path
+) -> None:
+    guests = GuestHost(guests.agent, tmp_path, git=has_git)
+    (tmp_path / "guest").mkdir()
     source = _unpack(name, tmp_path / "source")
     try:
-        done = guests.prepare(source, name=name)
+        done = guests.prepare(source, ShipOptions(mode=mode), name=name)
     except BangerError as e:
-        if e.reason != "submodules":
+        # Submodules go in one mode only, and there is no commit to ship of an unborn branch.
+        if e.reason != "submodules" and not (mode == "metadata_only" and "commit" in str(e)):
             raise
         done = guests.prepare(source, ShipOptions(mode="full_copy"), name=name)
     copy = guests.path(name)

@@ -147,6 +147,8 @@ def _plan(
     seen: set[int] = set()
     first = {}
     for name, entry in files.items():
+        if not split_name(name, doing):
+            raise BangerError("operation_failed", f"{doing}: a file without a name")
         if entry.record.ino not in seen:
             first[name] = entry
             seen.add(entry.record.ino)

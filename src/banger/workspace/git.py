@@ -42,6 +42,9 @@ _OPTIONS = (
     "-c", "core.askPass=",
     "-c", "credential.helper=",
     "-c", "submodule.recurse=false",
+    # Else a pack is mapped as a whole, and a file of 2 GB in it counts as memory of 2 GB.
+    "-c", "core.packedGitWindowSize=32m",
+    "-c", "core.packedGitLimit=256m",
     "-c", "gc.auto=0",
     "-c", "maintenance.auto=false",
 )  # fmt: skip
