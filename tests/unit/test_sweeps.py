@@ -411,3 +411,5 @@ async def test_share_of_a_cpu_is_of_the_time_between_two_looks(world: World) -> 
     assert percent(None, 15.0, then) is None
     assert percent(before, 9.0, then + timedelta(seconds=10)) is None  # another run of the VM
     assert percent(before, 15.0, then - timedelta(seconds=10)) is None
+    known = msgspec.structs.replace(before, cpu_percent=40.0)
+    assert percent(known, 15.0, then + timedelta(seconds=0.1)) == 40.0
