@@ -101,7 +101,6 @@ def test_guests_are_looked_after_by_their_daemon(
     banger.ok("vm", "exec", vm, "--", "sh", "-c", script, stdin=data)
     after = one_stats(banger, vm)
     assert after["vmm_cpu_s"] - before["vmm_cpu_s"] > 0.5
-    assert after["cpu_percent"] > 5
     assert after["work_allocated_bytes"] - before["work_allocated_bytes"] >= 3_000_000
     assert after["tasks"] >= 1
     assert {f["path"] for f in after["guest"]["filesystems"]} >= {"/", "/root"}
@@ -110,7 +109,9 @@ def test_guests_are_looked_after_by_their_daemon(
         assert after["network_received_bytes"] - before["network_received_bytes"] > 3_000_000
         assert after["network_sent_bytes"] > before["network_sent_bytes"]
     # The daemon collects by itself, too.
-    wait_until(banger, vm, lambda r: r["stats"] and r["stats"]["sampled_at"] > after["sampled_at"])
+    with banger.popen("vm", "exec", vm, "--", "sh", "-c", "while :; do :; done") as busy:
+        wait_until(banger, vm, lambda r: (r["stats"]["cpu_percent"] or 0) > 20)
+        busy.send_signal(signal.SIGTERM)
 
     # A clock that went wrong while the host slept is right before the next command runs.
     banger.ok("vm", "exec", vm, "--", "date", "-s", "2001-02-03 04:05:06")

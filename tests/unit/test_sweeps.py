@@ -379,6 +379,27 @@ async def test_figures_are_kept_in_the_record_and_nothing_else_changes(world: Wo
 
 
 @pytest.mark.asyncio
+async def test_figures_that_cannot_be_kept_stop_no_look(
+    templates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: what follows is looked at all the same."""
+    world = World(templates=templates, auto_stop_stale_after="60s")
+    try:
+        vm = stale(world, await world.create(), for_s=61)
+        world.driver.guests[vm.id].answers["activity"] = IDLE
+
+        def full(vm_id: str, stats: object) -> None:
+            raise BangerError("operation_failed", "writing: the disk is full", reason="disk_full")
+
+        monkeypatch.setattr(world.store, "keep_stats", full)
+        await sweeps(world).look(stale=True)
+        await world.ctx.settle()
+        assert world.store.resolve(vm.id).state == "stopped"
+    finally:
+        await world.close()
+
+
+@pytest.mark.asyncio
 async def test_share_of_a_cpu_is_of_the_time_between_two_looks(world: World) -> None:
     vm = await world.create()
     first = await observe.stats(world.ctx, vm)
@@ -390,3 +411,5 @@ async def test_share_of_a_cpu_is_of_the_time_between_two_looks(world: World) -> 
     assert percent(None, 15.0, then) is None
     assert percent(before, 9.0, then + timedelta(seconds=10)) is None  # another run of the VM
     assert percent(before, 15.0, then - timedelta(seconds=10)) is None
+    known = msgspec.structs.replace(before, cpu_percent=40.0)
+    assert percent(known, 15.0, then + timedelta(seconds=0.1)) == 40.0

@@ -160,14 +160,19 @@ class VmStore:
         return record
 
     def keep_stats(self, vm_id: str, stats: VmStats) -> None:
-        """Keep the last figures of a VM; one that is gone has none. `updated_at` stays."""
+        """Keep the last figures of a VM; one that is gone has none. `updated_at` stays.
+
+        Nobody waits for it to be on disk, and on a full one it is left out: the room that is kept
+        is for what matters.
+        """
         record = self.find(vm_id)
         if record is not None:
             record = msgspec.structs.replace(record, stats=stats)
-            self._db.execute(
-                "UPDATE vms SET record = ? WHERE id = ?",
-                (msgspec.json.encode(record).decode(), vm_id),
-            )
+            with self._writing(durable=False):
+                self._db.execute(
+                    "UPDATE vms SET record = ? WHERE id = ?",
+                    (msgspec.json.encode(record).decode(), vm_id),
+                )
 
     def readdress(
         self,

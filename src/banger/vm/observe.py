@@ -74,24 +74,24 @@ async def stats(ctx: VmContext, vm: VmRecord) -> VmStats:
 
 
 def cpu_percent(before: VmStats | None, cpu_s: float, now: datetime) -> float | None:
-    """How much of one CPU went by since earlier figures; None where that says nothing: the first
-    figures of a run, a clock that went back, or no time in between."""
+    """How much of one CPU went by since earlier figures; as before where hardly any time has passed
+    since. None for the first figures of a run, and where the clock went back."""
     if before is None or not before.sampled_at or cpu_s < before.vmm_cpu_s:
         return None
     elapsed_s = (now - datetime.fromisoformat(before.sampled_at)).total_seconds()
-    if elapsed_s < _LEAST_ELAPSED_S:
+    if elapsed_s < 0:
         return None
+    if elapsed_s < _LEAST_ELAPSED_S:
+        return before.cpu_percent
     return round(100 * (cpu_s - before.vmm_cpu_s) / elapsed_s, 1)
 
 
 async def collect(ctx: VmContext, vm: VmRecord) -> None:
     """Keep the figures of a running VM in its record. One that cannot be looked at is left out."""
     try:
-        figures = await stats(ctx, vm)
+        ctx.store.keep_stats(vm.id, await stats(ctx, vm))
     except BangerError as e:
         log.debug("no figures of VM %s: %s", vm.name, e)
-    else:
-        ctx.store.keep_stats(vm.id, figures)
 
 
 def _allocated(path: Path) -> int:
