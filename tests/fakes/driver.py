@@ -40,6 +40,7 @@ class FakeDriver:
             snapshot=False,
             emulated=emulated,
             user_network=user_network,
+            copies_initrd=not user_network,
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}

@@ -260,7 +260,13 @@ async def test_pinned_tools_without_a_network_are_left_out_with_a_message(
     ("answers", "expected"),
     [
         ({"missing": {"result": {"missing": ["mise", "/root/.local/bin/mise"]}}}, "has no mise"),
-        ({"missing": {"result": {"missing": []}}}, "session.start"),
+        (
+            {
+                "missing": {"result": {"missing": []}},
+                "session.start": {"error": {"code": "operation_failed", "message": "too many run"}},
+            },
+            "too many run",
+        ),
         ({}, "missing"),
     ],
 )

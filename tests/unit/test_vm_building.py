@@ -13,7 +13,6 @@ from banger.config.file_sync import FileSync
 from banger.guest.config import GitIdentity
 from banger.progress import Silent
 from banger.vm.create import create
-from fakes.guest import read_config
 from fakes.world import EMPTY, World
 
 pytestmark = pytest.mark.asyncio
@@ -46,7 +45,7 @@ async def test_nothing_of_the_owner_goes_into_a_machine_that_an_image_is_made_of
 ) -> None:
     give_it_an_owner(world, tmp_path)
     vm = await make(world, building=True)
-    config = read_config(world.paths.vm(vm.id).initrd)
+    config = world.driver.guests[vm.id].config
     assert (config["authorized_keys"], config["git_identity"]) == ([], None)
     assert world.driver.guests[vm.id].received == []
 
@@ -54,7 +53,7 @@ async def test_nothing_of_the_owner_goes_into_a_machine_that_an_image_is_made_of
 async def test_any_other_machine_gets_all_of_it(world: World, tmp_path: Path) -> None:
     give_it_an_owner(world, tmp_path)
     vm = await make(world)
-    config = read_config(world.paths.vm(vm.id).initrd)
+    config = world.driver.guests[vm.id].config
     assert config["authorized_keys"]
     assert config["git_identity"]["name"] == "O"
     assert len(world.driver.guests[vm.id].received) == 1
@@ -78,5 +77,5 @@ async def test_an_sshd_is_installed_only_where_there_is_a_way_out(
     heard = Heard()
     vm = await create(world.ctx, world.params("web", nat=nat), image, heard, building=building)
     wanted = nat and not building
-    assert read_config(world.paths.vm(vm.id).initrd)["install_sshd"] is wanted
+    assert world.driver.guests[vm.id].config["install_sshd"] is wanted
     assert any("see --nat" in w for w in heard.warnings) is (not nat)

@@ -1,7 +1,7 @@
 """The initrd of one VM: the kernel entry's base initrd, plus the documents of this start.
 
 The file lies in the VM's directory, is readable by the owner alone because it holds the VM's token
-and host key, and is written anew at each start.
+and host key, and is written anew at each start. A VMM that copies it leaves it empty afterwards.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
 import time
 from pathlib import Path
@@ -149,6 +150,10 @@ async def start(
                     if e.reason == "vmm_exited" and exited.done():
                         raise _ended(plan, exited.result(), console_start) from e
                     raise
+                if driver.capabilities.copies_initrd:
+                    # It has the guest's secrets, and takes more of the disk than all else of a VM
+                    # that has not written yet. Truncated: the jail holds the file itself.
+                    await asyncio.to_thread(os.truncate, plan.paths.initrd, 0)
                 timer.stage("ready", "waiting for the guest")
                 async with step("start.ready"):
                     announcement = await _ready(announced, exited, plan, console_start)
@@ -295,14 +300,6 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
         )
         for role, target, size in disks:
             if not target.exists():
-                if plan.vm.files_synced:
-                    # It has been used: a blank one would stand for what is lost.
-                    raise BangerError(
-                        "operation_failed",
-                        f"starting VM {plan.vm.name}: its {role} disk {target} is gone",
-                        hint=f"banger vm delete {plan.vm.name}",
-                        reason="files_changed",
-                    )
                 write_blank_disk(ctx.paths, role, size, target)
             elif target.stat().st_size < size:
                 extend_disk(target, size)

@@ -56,7 +56,9 @@ class FirecrackerDriver:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(vsock="unix", snapshot=False, emulated=False, user_network=False)
+        return Capabilities(
+            vsock="unix", snapshot=False, emulated=False, user_network=False, copies_initrd=True
+        )
 
     def build_launch(self, machine: Machine) -> Launch:
         """`firecracker` with its API socket in the runtime directory, seccomp filters on."""

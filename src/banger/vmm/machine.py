@@ -120,13 +120,15 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a driver can do on this host.
 
     `vsock` is None where the agent is reached over TCP. `emulated`: no hardware virtualisation, so
-    waits are three times as long. `user_network`: it works without a tap.
+    waits are three times as long. `user_network`: it works without a tap. `copies_initrd`: one
+    that has started needs the file no more (QEMU maps it as long as it lives).
     """
 
     vsock: VsockKind | None
     snapshot: bool
     emulated: bool
     user_network: bool
+    copies_initrd: bool = False
 
 
 def build_kernel_args(
