@@ -22,7 +22,7 @@ from banger.api.results import VmmVerdict
 from banger.config.settings import Settings, read_settings
 from banger.daemon import runs
 from banger.daemon.image_builds import remove_abandoned_bases
-from banger.daemon.leftovers import sweep_leftovers
+from banger.daemon.leftovers import remove_shadowed, sweep_leftovers
 from banger.daemon.names import Names
 from banger.daemon.sweeps import Sweeps
 from banger.errors import BangerError
@@ -215,6 +215,7 @@ class Daemon:
         await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)
         remove_abandoned_bases(self)
+        remove_shadowed(self.paths, {vm.image_id for vm in self.store.list()})
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:

@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from banger.files import remove_leftovers
+from banger.image.entries import delete_image, find_shadowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,14 @@ def sweep_leftovers(paths: Paths) -> None:
         with _unless_locked(lock) as free:
             if free:
                 _sweep(directory)
+
+
+def remove_shadowed(paths: Paths, used: set[str]) -> None:
+    """Remove images that were being replaced when a daemon was killed; `used` ids stay."""
+    for image in find_shadowed(paths):
+        if image.id not in used:
+            log.warning("image %s (%s) was being replaced and is removed", image.name, image.id)
+            delete_image(paths, image.id)
 
 
 def _sweep(directory: Path, *, plain: bool = True) -> None:

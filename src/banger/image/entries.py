@@ -106,15 +106,28 @@ def delete_image(
         BangerError: not_found; what `refuse` raises.
     """
     job = job or Job()
-    name = get_image(paths, name_or_id).name
+    known = get_image(paths, name_or_id)
     with (
-        lock_image(paths, name, job),
-        files.staging_directory(paths.images, f"delete-{name}") as aside,
+        lock_image(paths, known.name, job),
+        files.staging_directory(paths.images, f"delete-{known.name}") as aside,
         step("discard.image"),
     ):
-        gone = job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
+        # By its id: another one has the name where a replacement was cut half-way.
+        gone = job.at_once(lambda: put_aside(paths, get_image(paths, known.id), aside, refuse))
         files.sync_directory(paths.images)
     return gone
+
+
+def find_shadowed(paths: Paths) -> tuple[ImageRecord, ...]:
+    """Images whose name a newer one has: somebody was killed between publishing that and putting
+    these aside."""
+    newest: dict[str, ImageRecord] = {}
+    shadowed = []
+    for image in sorted(list_images(paths), key=lambda i: (paths.images / i.id).stat().st_mtime_ns):
+        if (older := newest.get(image.name)) is not None:
+            shadowed.append(older)
+        newest[image.name] = image
+    return tuple(shadowed)
 
 
 def put_aside(

@@ -12,7 +12,7 @@ from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
 from banger.errors import BangerError, is_disk_full
 from banger.faults import step
-from banger.files import ensure_private_directory, remove_tree, write_atomic
+from banger.files import ensure_private_directory, remove_tree, sync_directory, write_atomic
 from banger.host.lease import derive_mac
 from banger.names import check_vm_name, new_vm_id
 from banger.ssh.keys import generate_key
@@ -194,6 +194,8 @@ async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
             if directory.exists():
                 remove_tree(aside)
                 directory.rename(aside)
+                # Or a power cut might take the row alone, and leave disks that are nobody's.
+                sync_directory(aside.parent)
         async with step("delete.row"):
             _delete_row(ctx, vm, aside)
     except BaseException:

@@ -93,7 +93,7 @@ class _Reconciliation:
         for vm_id in ctx.undecided.keys() - rows:
             del ctx.undecided[vm_id]
         for directory in directories:
-            if directory.name not in rows:
+            if directory.name not in rows and directory.exists():
                 await self._directory_without_a_vm(directory)
         short = {vm_id[:12] for vm_id in rows}
         for path in sockets:
