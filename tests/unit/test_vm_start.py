@@ -485,20 +485,6 @@ async def test_machine_of_an_earlier_daemon_is_ended_before_its_disks_are_used_a
     assert len(world.census()["processes"]) == 1
 
 
-@pytest.mark.parametrize("role", ["work", "overlay"])
-async def test_disk_that_was_used_and_is_gone_is_not_replaced_by_a_blank_one(
-    world: World, role: str
-) -> None:
-    vm = await world.create()
-    vm, _ = await stop(world.ctx, vm)
-    disk = getattr(world.paths.vm(vm.id), role)
-    disk.unlink()
-    with pytest.raises(BangerError, match=f"its {role} disk .* is gone"):
-        await world.start(vm)
-    assert not disk.exists()
-    assert world.census()["leases"] == []
-
-
 async def test_start_refuses_while_the_rest_of_an_earlier_run_cannot_be_given_back(
     world: World,
 ) -> None:

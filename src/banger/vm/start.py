@@ -295,14 +295,6 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
         )
         for role, target, size in disks:
             if not target.exists():
-                if plan.vm.files_synced:
-                    # It has been used: a blank one would stand for what is lost.
-                    raise BangerError(
-                        "operation_failed",
-                        f"starting VM {plan.vm.name}: its {role} disk {target} is gone",
-                        hint=f"banger vm delete {plan.vm.name}",
-                        reason="files_changed",
-                    )
                 write_blank_disk(ctx.paths, role, size, target)
             elif target.stat().st_size < size:
                 extend_disk(target, size)
