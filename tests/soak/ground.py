@@ -67,14 +67,14 @@ class Ground(Installation):
             "agent_fds": float(words[1]),
             "interfaces": len(os.listdir("/sys/class/net")),
             "nft_elements": count_elements(),
-            "cgroups": count_cgroups(),
+            "cgroups": self._cgroups(),
             "leases": len(list((self.runtime / "leases").glob("*.json"))),
-            "processes": len(self.processes()),
+            "processes": len({status["pid"], *self.processes()}),
             **self._files(),
         }
 
     def processes(self) -> list[int]:
-        """Daemon, helper and VMMs: what names one of our directories, or works in one."""
+        """Helper and VMMs: what names one of our directories, or works in one."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -95,6 +95,15 @@ class Ground(Installation):
             if "--ledger" in words and ledger in words and "sudo" not in words[0]:
                 return read_process(pid)
         return {"rss_kib": 0, "fds": 0, "threads": 0}
+
+    def _cgroups(self) -> int:
+        """Those with the mark of our ledger; others of this host may come and go. 0: there are
+        none, or none may be marked."""
+        path = self.handles(KEEPER).get("cgroup")
+        if path is None:
+            return 0
+        ours = find_mark(Path(path))
+        return sum(find_mark(sibling) == ours for sibling in Path(path).parent.iterdir())
 
     def _files(self) -> dict[str, float]:
         files, blocks = 0, 0
@@ -140,11 +149,9 @@ def count_elements() -> int:
     )
 
 
-def count_cgroups() -> int:
-    """Directories that banger made for VMs, in whichever hierarchy they are."""
-    root = Path("/sys/fs/cgroup")
-    return sum(
-        sum(path.is_dir() for path in parent.iterdir())
-        for parent in (root / "banger", root / "unified" / "banger")
-        if parent.is_dir()
-    )
+def find_mark(path: Path) -> bytes | None:
+    """What the helper wrote on a cgroup that it made."""
+    try:
+        return os.getxattr(path, "trusted.banger")
+    except OSError:  # no cgroup, gone meanwhile, or attributes cannot be kept
+        return None
