@@ -62,7 +62,7 @@ needs_sqfstar = pytest.mark.skipif(
 )
 
 
-_ASKING = ("vm.admission", "image.pull", "image.build", "image.register", "kernel.pull",
+_ASKING = ("vm.admission", "image.cache", "image.build", "image.register", "kernel.pull",
            "kernel.given", "catalog.published")  # fmt: skip
 
 
