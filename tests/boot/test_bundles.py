@@ -48,7 +48,7 @@ def test_a_vm_boots_from_published_bundles(
     assert checked.text.startswith("version 2,")
 
     available = reader.json("kernel", "list", "--available", "--json")
-    assert [(k["name"], k["state"]) for k in available] == [(KERNEL, "available")]
+    assert (KERNEL, "available") in [(k["name"], k["state"]) for k in available]
     done = reader.ok("vm", "run", "--rm", "--image", IMAGE, *SMALL, "--", "cat", "/etc/os-release")
     assert "VERSION_CODENAME=bookworm" in done.text
     assert "its bundle from" in done.err
