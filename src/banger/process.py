@@ -32,13 +32,14 @@ _KEPT = (
 
 
 class ProcessFailed(BangerError):
-    """A host program ended badly. `status` is as in `subprocess` (negative: a signal)."""
+    """A host program ended badly. `status` is as in `subprocess` (negative: a signal); `how` is
+    that in words."""
 
     def __init__(self, argv: Sequence[str], status: int, stderr: bytes) -> None:
         self.argv = tuple(argv)
         self.status = status
         self.stderr = stderr[-_TAIL_BYTES:].decode(errors="replace").strip()
-        how = (
+        self.how = (
             f"was killed by {signal.Signals(-status).name}"
             if status < 0
             else f"ended with status {status}"
@@ -47,7 +48,7 @@ class ProcessFailed(BangerError):
         full = any(text in self.stderr for text in _NO_SPACE)
         super().__init__(
             "operation_failed",
-            f"{Path(argv[0]).name} {how}{words}",
+            f"{Path(argv[0]).name} {self.how}{words}",
             hint=DISK_FULL_HINT if full else None,
             reason="disk_full" if full else None,
         )

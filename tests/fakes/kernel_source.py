@@ -2,7 +2,8 @@
 
 `allnoconfig` keeps the options of the seed that the Kconfig file defines, `vmlinux` makes an object
 file that holds the environment it was built in. What a test wants of a build it says by files in
-the directory `steering`, which outlives the tree: `fail`, `hold`, and `arrived` as the answer.
+the directory `steering`, which outlives the tree: `fail`, `full`, `kill`, `hold`; `arrived` is the
+answer to the last one.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ vmlinux:
 	@if test -e $(STEERING)/fail; then \\
 		echo "kernel/fork.c:7:1: error: expected ';'" >&2; \\
 		echo 'make[1]: *** [kernel/fork.o] Error 1' >&2; exit 1; fi
+	@if test -e $(STEERING)/full; then \
+		echo 'as: init/main.o: No space left on device' >&2; exit 1; fi
+	@if test -e $(STEERING)/kill; then kill -9 $$PPID; fi
 	@if test -e $(STEERING)/hold; then echo > $(STEERING)/arrived; exec sleep 1000; fi
 	@{ echo; env | sort | grep -E '^(SOURCE_DATE|KBUILD_|LOCALVERSION|TZ|HOSTNAME_OF)'; } > env.txt
 	@cp @OBJECT@ vmlinux

@@ -158,6 +158,21 @@ async def test_a_failed_build_keeps_its_log_and_nothing_else(place: Place) -> No
     assert not log.exists()
 
 
+async def test_a_disk_that_fills_while_compiling_is_told_as_such(place: Place) -> None:
+    place.source.say("full")
+    with pytest.raises(BangerError) as caught:
+        await place.build()
+    assert caught.value.reason == "disk_full"
+    assert "No space left on device" in caught.value.message
+
+
+async def test_a_make_that_somebody_killed_is_told_as_such(place: Place) -> None:
+    place.source.say("kill")
+    with pytest.raises(BangerError, match="make vmlinux was killed by SIGKILL: no word of why"):
+        await place.build()
+    assert find_kernel(place.paths, NAME) is None
+
+
 async def test_a_cancelled_build_stops_its_compilers_and_leaves_nothing(place: Place) -> None:
     place.source.say("hold")
     task = asyncio.create_task(place.build())

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _HINT = "banger kernel build --help"
 # `  CC      kernel/fork.o`: make's short line for a step; these are the ones that take time.
 _STEP = re.compile(r"  (CC|AS|HOSTCC) +(\S+)")
-_MISTAKE = re.compile(r"\berror:|\*\*\*|undefined reference|No such file", re.IGNORECASE)
+_MISTAKE = re.compile(
+    r"\berror:|\*\*\*|undefined reference|No such file|No space left|Disk quota", re.IGNORECASE
+)
 _REPORT_EVERY_S = 1.0
 _STAGE_EVERY_STEPS = 400
 _KEPT_LINES = 400
@@ -167,13 +169,14 @@ def _make(
     except ProcessFailed as e:
         raise BangerError(
             "operation_failed",
-            f"building the kernel {name}: {_explain(words, e.status, said, log)}",
-            hint=f"less {log}",
+            f"building the kernel {name}: {_explain(words, e.how, said, log)}",
+            hint=e.hint or f"less {log}",
+            reason=e.reason,
         ) from e
 
 
-def _explain(words: list[str], status: int, said: Iterable[str], log: Path) -> str:
+def _explain(words: list[str], how: str, said: Iterable[str], log: Path) -> str:
     lines = list(said)
     mistakes = [line for line in lines if _MISTAKE.search(line)] or lines[-_SHOWN_LINES:]
     shown = "; ".join(line.strip()[:200] for line in mistakes[:_SHOWN_LINES])
-    return f"make {words[-1]} ended with status {status}: {shown or 'no word'} (all of it: {log})"
+    return f"make {words[-1]} {how}: {shown or 'no word of why'} (all of it: {log})"
