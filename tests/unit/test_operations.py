@@ -52,6 +52,19 @@ def test_what_was_done_is_known_for_a_while(banger: Installation) -> None:
     assert rows == [("vm.create", "web", "done", "publish"), ("vm.stop", "web", "done", "")]
 
 
+def test_what_has_ended_holds_nothing_of_how_it_was_carried_out(banger: Installation) -> None:
+    """Ten minutes of calls would otherwise be ten minutes of tasks with all that they reached."""
+    create(banger)
+    banger.call("vm.stop", p.StopVm(vm="web"))
+    server = banger.now.daemon.server
+    assert server is not None
+    entries = server.operations._entries.values()
+    assert [(entry.kind, entry.task) for entry in entries] == [
+        ("vm.create", None),
+        ("vm.stop", None),
+    ]
+
+
 def test_what_only_looks_is_not_kept(banger: Installation) -> None:
     banger.call("vm.list", {})
     banger.call("daemon.status", {})

@@ -49,7 +49,7 @@ def test_noise_alone_is_flat_and_a_leak_in_it_is_not(seed: int) -> None:
 def test_growth_within_the_bound_is_flat() -> None:
     verdict = judge(TIMES, noisy(45_000, noise=10, growth=1_000), SHARE)
     assert verdict.word == "flat"
-    assert verdict.growth == pytest.approx(1_000 * 0.9, rel=0.05)
+    assert verdict.growth == pytest.approx(1_000 * 5 / 6, rel=0.05)
 
 
 def test_shrinking_is_no_leak() -> None:

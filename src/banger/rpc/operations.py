@@ -51,7 +51,7 @@ class _Line(Wire, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Entry:
-    """One operation while the daemon knows it. `task` carries it out."""
+    """One operation while the daemon knows it. `task` carries it out, until it has ended."""
 
     def __init__(
         self, op_id: str, kind: str, target: str, *, started: float, finishes: bool = False
@@ -91,6 +91,8 @@ class Entry:
         error: WireError | None = None,
     ) -> None:
         self.state, self.ended, self.result, self.error = state, at, result, error
+        # With all that it reached, it would be kept as long as the operation is.
+        self.task = None
         self._wake()
 
     def _wake(self) -> None:
