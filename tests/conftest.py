@@ -11,7 +11,13 @@ import os
 
 from hypothesis import settings
 
+from sample import SEED, SEED_OF_THE_DAY
+
 settings.register_profile(
     "banger", deadline=None, derandomize="BANGER_SOAK" not in os.environ, print_blob=True
 )
 settings.load_profile("banger")
+
+
+def pytest_report_header() -> str:
+    return f"fault matrices: BANGER_SEED={SEED}, of real VMs BANGER_SEED={SEED_OF_THE_DAY}"

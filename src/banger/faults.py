@@ -64,8 +64,19 @@ STEPS: dict[str, tuple[str, ...]] = {
         "release.handles",
         "release.record",
     ),
-    "delete": ("delete.row", "delete.files", "delete.known_hosts"),
+    "delete": ("delete.known_hosts", "delete.aside", "delete.row", "delete.files"),
     "set": ("set.lease", "set.handles", "set.record"),
+    # Images and kernels: what is built once and kept, and how entries appear and disappear.
+    "artefact": ("artefact.build", "artefact.seal", "artefact.publish"),
+    "pull": ("pull.layers", "pull.rootfs", "pull.describe"),
+    "image": ("image.sync", "image.publish"),
+    "promote": ("promote.copy", "promote.place", "promote.record"),
+    "kernel": ("kernel.publish",),
+    "discard": ("discard.image", "discard.kernel"),
+    # Workspaces. `apply` runs in the command line, with its user's rights.
+    "prepare": ("prepare.put", "prepare.record"),
+    "export": ("export.compare", "export.write"),
+    "apply": ("apply.receive", "apply.remove", "apply.move"),
 }
 
 _MOST_HANG_S = 60.0
@@ -107,6 +118,15 @@ def parse_order(text: str) -> Order:
     return Order(name, moment, action, seconds, int(skip or 0))
 
 
+class Met:
+    """What a process has passed since it was armed: its steps, and the changes of files in each
+    step of a thread."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.changes: dict[str, int] = {}
+
+
 class _Armed:
     """The orders of this process. With `marks`, a directory, they are remembered beyond it."""
 
@@ -119,16 +139,17 @@ class _Armed:
         self.orders = tuple(orders)
         self._marks = marks
         self.actions = actions
-        self._met: set[Order] = set()
+        self._taken: set[Order] = set()
+        self.met = Met()
         for order in self.orders:
             if order.action not in (*ACTIONS, *actions):
                 raise ValueError(f"{order.action!r} is no action: one of {', '.join(ACTIONS)}")
 
     def take(self, order: Order) -> bool:
         """Whether this order is still to be carried out; from now on it is not."""
-        if order in self._met:
+        if order in self._taken:
             return False
-        self._met.add(order)
+        self._taken.add(order)
         if self._marks is None:
             return True
         try:
@@ -152,7 +173,7 @@ def arm(
     *,
     marks: Path | None = None,
     actions: Mapping[str, Callable[[Order], None]] | None = None,
-) -> None:
+) -> Met:
     """From now on carry out these orders. `actions` gives more kinds of them, or others.
 
     Raises:
@@ -164,6 +185,7 @@ def arm(
         # It stays for the life of the process: only a test gets here.
         sys.addaudithook(_look)
         _hooked = True
+    return _armed.met
 
 
 def arm_from_environment() -> None:
@@ -218,7 +240,10 @@ _UNARMED = Step()
 
 def step(name: str) -> Step:
     """Surround the step of this name, which stands in `STEPS`."""
-    return _UNARMED if _armed is None else _Watched(name, _armed)
+    if _armed is None:
+        return _UNARMED
+    _armed.met.steps.append(name)
+    return _Watched(name, _armed)
 
 
 class _Watched(Step):
@@ -240,9 +265,8 @@ class _Watched(Step):
     # In a thread
     def __enter__(self) -> None:
         self._act(self._due("before"))
-        if self._middle is not None:
-            self._outer = getattr(_waiting, "step", None)
-            _waiting.step = self
+        self._outer = getattr(_waiting, "step", None)
+        _waiting.step = self
 
     def __exit__(
         self,
@@ -250,8 +274,7 @@ class _Watched(Step):
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._middle is not None:
-            _waiting.step = self._outer
+        _waiting.step = self._outer
         if error is not None:
             return
         if self._middle is not None and not self._middle.skip:
@@ -260,10 +283,16 @@ class _Watched(Step):
 
     def changing(self) -> None:
         """This thread is about to change the host's files."""
+        changes = self._armed.met.changes
+        changes[self._name] = changes.get(self._name, 0) + 1
         self._left -= 1
-        if self._left < 0:
-            _waiting.step = self._outer
-            self._act(self._due("during"))
+        if self._middle is not None and self._left == -1:
+            # What the order does itself is no change of the step's.
+            _waiting.step = None
+            try:
+                self._act(self._due("during"))
+            finally:
+                _waiting.step = self
 
     def _act(self, order: Order | None) -> None:
         """Carry out an order where only a thread waits."""

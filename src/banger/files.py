@@ -55,9 +55,9 @@ def new_file(
     """
     beside = path.with_name(_name_beside(path))
     try:
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            with os.fdopen(fd, "w+b") as f:
+            with os.fdopen(fd, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
@@ -79,10 +79,11 @@ def _name_beside(path: Path) -> str:
     return f".{path.name[:200]}.{os.urandom(4).hex()}"
 
 
-def remove_leftovers(directory: Path) -> list[str]:
+def remove_leftovers(directory: Path, *, plain: bool = True) -> list[str]:
     """Remove what `new_file` and `staging_directory` of killed processes left in a directory.
 
-    The caller knows that nobody is at work there. Returns the names; an absent directory has none.
+    A staging directory stays while its maker lives. Of a `plain` file nobody can tell, so the
+    caller knows that none is being written there. Returns the names; an absent directory has none.
     """
     removed = []
     try:
@@ -93,9 +94,13 @@ def remove_leftovers(directory: Path) -> list[str]:
         if _BESIDE.fullmatch(name):
             path = directory / name
             if path.is_dir() and not path.is_symlink():
+                if not is_abandoned(path):
+                    continue
                 remove_tree(path)
-            else:
+            elif plain:
                 path.unlink(missing_ok=True)
+            else:
+                continue
             removed.append(name)
     return removed
 
@@ -166,10 +171,13 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and new names in this directory durable."""
+    """Make renames and new names in this directory durable, where its filesystem can."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 
@@ -184,7 +192,9 @@ def ensure_private_directory(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-            sync_directory(path.parent)
+            # A parent that is not ours may be closed to our eyes.
+            with contextlib.suppress(PermissionError):
+                sync_directory(path.parent)
     except OSError as e:
         raise BangerError(
             "operation_failed",
@@ -380,14 +390,39 @@ def remove_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def staging_directory(parent: Path, prefix: str) -> Iterator[Path]:
-    """A private directory beside a result; what is left in it at the end is removed."""
+    """A private directory beside a result; what is left in it at the end is removed.
+
+    It is locked meanwhile, so that one whose maker was killed can be told: see `is_abandoned`.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{prefix}-{os.urandom(4).hex()}"
-    path.mkdir(mode=0o700)
+    while True:
+        path = parent / f".{prefix}-{os.urandom(4).hex()}"
+        path.mkdir(mode=0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        # Between the two somebody may have taken it for abandoned.
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)
     try:
         yield path
     finally:
-        remove_tree(path)
+        try:
+            remove_tree(path)
+        finally:
+            os.close(fd)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody works in a staging directory any more. Raises OSError: it is not ours."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 @contextlib.contextmanager

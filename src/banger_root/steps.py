@@ -8,6 +8,7 @@ The caller holds the lease's lock and the host lock.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -194,4 +195,11 @@ def _remove_cgroup(entry: Entry) -> None:
 def _convert(error: HelperError | OSError, doing: str) -> HelperError:
     if isinstance(error, HelperError):
         return error
-    return HelperError("operation_failed", f"{doing}: {error.strerror}")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return HelperError(
+        "operation_failed",
+        f"{doing}: {error.strerror}",
+        # What the helper writes of its own is its ledger, in a runtime directory.
+        hint="df -h /run" if full else None,
+        reason="disk_full" if full else None,
+    )

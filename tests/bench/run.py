@@ -1,8 +1,7 @@
 """The bench: measures, prints a table, keeps the figures in bench/results.
 
     .venv/bin/python tests/bench/run.py [FIGURE…]      figures: run exec cat import workspace
-                                                       large bounded cli dns kernel oci
-                                                       memory
+                                                       large bounded cli dns kernel oci memory
     BENCH_RUNS=20 make bench                           more than the ten runs of each side
 
 Ends with status 0 whatever the figures are: a missed aim is a finding, not a failure.
@@ -52,8 +51,8 @@ _WITHOUT: dict[str, Callable[[Ground, int], list[Figure]]] = {
     "bounded": bounded.bounded_memory,
 }
 _ORDER = (
-    "run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "kernel",
-    "oci", "memory",
+    "run", "exec", "cat", "import", "workspace", "large", "bounded", "cli", "dns", "kernel", "oci",
+    "memory",
 )  # fmt: skip
 
 

@@ -50,6 +50,18 @@ def nothing_left(banger: Installation) -> Iterator[None]:
 
 
 @pytest.fixture
+def cleaned(banger: Installation) -> Iterator[None]:
+    """Images that the test made are deleted, and nothing half made is there."""
+    before = {i["name"] for i in banger.json("image", "list", "--json")}
+    yield
+    for image in banger.json("image", "list", "--json"):
+        if image["name"] not in before:
+            banger.ok("image", "delete", image["name"])
+    images = banger.state / "images"
+    assert [p.name for p in images.iterdir() if p.is_dir() and p.name.startswith(".")] == []
+
+
+@pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A small repository with the odd things that real ones have."""
     root = tmp_path / "project"

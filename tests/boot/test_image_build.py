@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,18 +84,6 @@ def alpine(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 info.type, info.linkname = tarfile.SYMTYPE, "busybox"
                 tar.addfile(info)
     return path
-
-
-@pytest.fixture
-def cleaned(banger: Installation) -> Iterator[None]:
-    """Images that the test made are deleted, and nothing half made is there."""
-    before = {i["name"] for i in banger.json("image", "list", "--json")}
-    yield
-    for image in banger.json("image", "list", "--json"):
-        if image["name"] not in before:
-            banger.ok("image", "delete", image["name"])
-    images = banger.state / "images"
-    assert [p.name for p in images.iterdir() if p.is_dir() and p.name.startswith(".")] == []
 
 
 @pytest.mark.usefixtures("cleaned")

@@ -49,16 +49,6 @@ def archive(root: Path, image: Image) -> str:
     return f"oci-archive:{write_archive(root / 'image.tar', write_layout(root / 'layout', image))}"
 
 
-@pytest.fixture
-def cleaned(banger: Installation) -> Iterator[None]:
-    """Images that the test pulled are deleted."""
-    before = {i["name"] for i in banger.json("image", "list", "--json")}
-    yield
-    for image in banger.json("image", "list", "--json"):
-        if image["name"] not in before:
-            banger.ok("image", "delete", image["name"])
-
-
 @pytest.mark.usefixtures("cleaned")
 def test_an_image_with_systemd_boots_into_it(
     banger: Installation, debian: bytes, tmp_path: Path

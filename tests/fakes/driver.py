@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from banger.api.records import VmmName
 from banger.vmm.driver import before_exit
-from banger.vmm.machine import Capabilities, Launch, Machine
+from banger.vmm.machine import Capabilities, Launch, Machine, UserNic
 from fakes.faults import Faults
 from fakes.guest import FakeGuest, read_config
 
@@ -29,12 +29,17 @@ _LIFE = "life"
 class FakeDriver:
     """Points: `driver.build_launch`, `driver.start`, `driver.pause`, `driver.resume`."""
 
-    def __init__(self, faults: Faults, *, emulated: bool = False) -> None:
-        self.name: VmmName = "firecracker"
+    def __init__(
+        self, faults: Faults, *, emulated: bool = False, user_network: bool = False
+    ) -> None:
+        self.name: VmmName = "qemu" if user_network else "firecracker"
         self.version = "0.0.0-fake"
         self.program = Path("/bin/sh")
         self.capabilities = Capabilities(
-            vsock="unix", snapshot=False, emulated=emulated, user_network=False
+            vsock=None if user_network else "unix",
+            snapshot=False,
+            emulated=emulated,
+            user_network=user_network,
         )
         self.boots: deque[Boot] = deque()
         self.guests: dict[str, FakeGuest] = {}
@@ -72,12 +77,19 @@ class FakeDriver:
                 asyncio.Event().wait(), exited, doing="configuring", timeout_s=timeout_s
             )
         guest = FakeGuest(
-            machine.runtime, read_config(machine.initrd), lambda: self.power_off(vm_id)
+            machine.runtime,
+            read_config(machine.initrd),
+            lambda: self.power_off(vm_id),
+            port=machine.nic.agent_port if isinstance(machine.nic, UserNic) else None,
         )
         if earlier := self.guests.get(vm_id):
             await self._for_guest(earlier.end())
         guest.put_error = self.put_error
-        await self._for_guest(guest.listen())
+        try:
+            await self._for_guest(guest.listen())
+        except BaseException:
+            await guest.end()
+            raise
         # Last, because tests wait for it: who is known here listens.
         self.guests[vm_id] = guest
         match boot:
@@ -96,12 +108,18 @@ class FakeDriver:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.guest_loop))
 
     def _spawn(self, work: Coroutine[Any, Any, bool]) -> None:
-        if self.guest_loop is not None:
-            asyncio.run_coroutine_threadsafe(work, self.guest_loop)
-            return
-        task: asyncio.Task[bool] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        loop = self.guest_loop or asyncio.get_running_loop()
+
+        def begin() -> None:
+            # Kept here: the loop itself would let it go.
+            task = loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        if self.guest_loop is None:
+            begin()
+        else:
+            loop.call_soon_threadsafe(begin)
 
     async def pause(self, runtime: Path) -> None:
         await self._faults.arrive("driver.pause")
@@ -115,9 +133,10 @@ class FakeDriver:
         return next(vm_id for vm_id in self._lives if vm_id.startswith(runtime.name))
 
     async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.guest_loop is None:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self.guests.values():
             await self._for_guest(guest.end())
         for fds in self._lives.values():

@@ -60,10 +60,17 @@ async def announce(socket: Path, *, vm_id: str, token: str, protocol: int = 1) -
 
 
 class FakeGuest:
-    """One guest behind a Firecracker-like vsock socket (`CONNECT <port>`, `OK <n>`)."""
+    """One guest behind a Firecracker-like vsock socket (`CONNECT <port>`, `OK <n>`), or behind the
+    loopback port that QEMU forwards on its user network, with the socket where it announces itself.
+    """
 
     def __init__(
-        self, runtime: Path, config: dict[str, Any], power_off: Callable[[], None]
+        self,
+        runtime: Path,
+        config: dict[str, Any],
+        power_off: Callable[[], None],
+        *,
+        port: int | None = None,
     ) -> None:
         self.config = config
         self.shutdown: Shutdown = "obeys"
@@ -74,31 +81,46 @@ class FakeGuest:
         self.sessions = GuestSessions()
         self.answers: dict[str, dict[str, Any]] = {}  # method → reply, for what is not fixed here
         self._socket = runtime / "vsock.sock"
+        self._port = port
+        self._announce = runtime / ("vsock.sock_7001" if port is None else "announce.sock")
         self._power_off = power_off
         self._server: asyncio.Server | None = None
 
     async def listen(self) -> None:
+        if self._port is not None:
+            self._server = await asyncio.start_server(
+                self._serve, "127.0.0.1", self._port, start_serving=False
+            )
+            await self._server.start_serving()
+            return
         # Bound by hand: asyncio would remove the file of an earlier machine, which has to be gone.
         directory = os.open(self._socket.parent, os.O_PATH | os.O_DIRECTORY)
         try:
+            # Nothing is awaited before it is ours to end.
             self._server = await asyncio.start_unix_server(
-                self._serve, path=f"/proc/self/fd/{directory}/{self._socket.name}"
+                self._serve,
+                path=f"/proc/self/fd/{directory}/{self._socket.name}",
+                start_serving=False,
             )
+            await self._server.start_serving()
         finally:
             os.close(directory)
 
     async def announce(self, *, token: str | None = None, vm_id: str | None = None) -> bool:
         return await announce(
-            self._socket.with_name("vsock.sock_7001"),
+            self._announce,
             vm_id=vm_id or self.config["vm_id"],
             token=token or self.config["token"],
         )
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if self.shutdown == "absent" or await reader.readline() != b"CONNECT 7000\n":
+            if self.shutdown == "absent":
                 return
-            writer.write(b"OK 1073741824\n")
+            if self._port is None:
+                if await reader.readline() != b"CONNECT 7000\n":
+                    return
+                writer.write(b"OK 1073741824\n")
             line = await reader.readline()
             if self.mute:
                 return

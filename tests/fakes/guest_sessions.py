@@ -1,4 +1,4 @@
-"""Sessions of a guest without processes: a table which answers like the agent, and ends with it."""
+"""Sessions of a guest without processes: a table that answers as the agent does."""
 
 from __future__ import annotations
 

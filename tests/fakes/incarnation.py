@@ -73,7 +73,7 @@ class Incarnation:
         self._settings = settings
         self._frozen = threading.Event()
         self._unwind = threading.Event()
-        self._killed = False
+        self.killed = False
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="daemon")
         self._thread.start()
@@ -94,9 +94,9 @@ class Incarnation:
             running = self.loop.create_task(
                 self.daemon.run(self.server, lambda: self._ready.set_result(None))
             )
-            running.add_done_callback(lambda _: self._killed or self.loop.stop())
+            running.add_done_callback(lambda _: self.killed or self.loop.stop())
             self.loop.run_forever()
-            if not self._killed and (error := running.exception()) is not None:
+            if not self.killed and (error := running.exception()) is not None:
                 raise error
         except BaseException as e:
             if not self._ready.done():
@@ -104,7 +104,7 @@ class Incarnation:
             raise
         finally:
             self._frozen.set()
-            if self._killed:
+            if self.killed:
                 self._unwind.wait()
                 self.loop.run_until_complete(self._cancel_everything())
                 self.loop.run_until_complete(self.daemon.names.close())
@@ -126,9 +126,10 @@ class Incarnation:
 
     def kill(self) -> None:
         """End as by SIGKILL."""
-        self._killed = True
+        self.killed = True
         self.loop.call_soon_threadsafe(self.loop.stop)
-        assert self._frozen.wait(_DEADLINE_S)
+        # A loop that is blocked in a call of ours freezes when that returns.
+        self._frozen.wait(_DEADLINE_S)
         for sock in (self.server._socket, *self.server.connections):
             if sock is not None:
                 with contextlib.suppress(OSError):
@@ -152,7 +153,7 @@ class Incarnation:
 
 
 class Installation:
-    """A world, its guests, and the daemon of the moment. Blocking; the daemon has a thread."""
+    """A world, its guests, and the daemon of the moment. Blocking: the daemon has a thread."""
 
     def __init__(self, templates: Path, **settings: Any) -> None:
         self.patch = pytest.MonkeyPatch()
@@ -207,7 +208,10 @@ class Installation:
         self.now = Incarnation(self.world, self.settings)
 
     def close(self) -> None:
-        self.now.stop()
+        if self.now.killed:
+            self._dead.append(self.now)
+        else:
+            self.now.stop()
         for dead in self._dead:
             dead.unwind()
         self.world.faults.clear()
@@ -221,10 +225,13 @@ class Installation:
 
 async def _end_all() -> None:
     me = asyncio.current_task()
-    others = [task for task in asyncio.all_tasks() if task is not me]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    # A connection that was just taken becomes a task in the next turn, and closes in the one after.
+    for _ in range(4):
+        others = [task for task in asyncio.all_tasks() if task is not me]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 def wait_until(condition: Callable[[], object], describe: Callable[[], str] = lambda: "") -> None:

@@ -49,6 +49,7 @@ from banger.vmm.machine import Drive, Machine
 from fakes.driver import FakeDriver
 from fakes.faults import Faults
 from fakes.host import NOBODY, ROOT, FakeHost
+from fakes.transitions import watch_rows
 
 DISK = 64 * MIB
 IMAGE_ID = "1" * 32
@@ -64,14 +65,14 @@ EMPTY: dict[str, list[str]] = {
 def processes_below(directory: Path) -> list[int]:
     """The processes whose working directory lies below `directory`; zombies have none."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    for name in os.listdir("/proc"):
+        if name.isdigit():
             try:
-                where = os.readlink(entry / "cwd").removesuffix(" (deleted)")
+                where = os.readlink(f"/proc/{name}/cwd").removesuffix(" (deleted)")
             except OSError:
                 continue
-            if Path(where).is_relative_to(directory):
-                found.append(int(entry.name))
+            if f"{where}/".startswith(f"{directory}/"):
+                found.append(int(name))
     return found
 
 
@@ -128,9 +129,10 @@ class World:
             launcher=self._launch,
             jail_base=self.jailing.base if self.jailing else None,
         )
-        self.driver = FakeDriver(self.faults)
+        self.driver = FakeDriver(self.faults, user_network=network == "user")
         self.store = VmStore(open_database(self.paths.database))
         self._patch = pytest.MonkeyPatch()
+        self.transitions = watch_rows(self._patch)
         self._children: list[int] = []
         self._patch.setattr(process, "spawn_detached", self._spawn)
         if templates is not None:
@@ -234,6 +236,8 @@ class World:
         """
         await self.ctx.close()
         self._old.append(self.ctx)
+        # What it published, and who listens for guests, was in its memory.
+        self.names = FakeNames()
         self.ctx = self.new_context()
         await reconcile(self.ctx)
 
@@ -255,6 +259,10 @@ class World:
     async def start(self, vm: VmRecord) -> VmRecord:
         async with self.ctx.locked(vm.id):
             return await start(self.ctx, vm, Silent(), allow_overcommit=False)
+
+    def lose_row(self, vm: VmRecord) -> None:
+        """As an older copy of the database would: nobody took the way of a delete."""
+        self.store._db.execute("DELETE FROM vms WHERE id = ?", (vm.id,))
 
     def handles(self, vm: VmRecord) -> Handles:
         handles = find_handles(self.paths.vm(vm.id))

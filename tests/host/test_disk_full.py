@@ -41,6 +41,8 @@ from banger.store import database
 from banger.store.vms import VmStore
 from banger.units import MIB
 from banger.vm.create import forget_vm
+from banger_root.errors import HelperError
+from banger_root.leases import Leases
 from banger_root.ledger import Entry, Ledger
 from fakes.building import BuildWorld
 from fakes.kernel_pull import NAME, KernelWorld
@@ -49,6 +51,7 @@ from fakes.registry import fake_registry
 from fakes.web import serving
 from fakes.world import World, make_templates
 from host.conftest import build_plan
+from host.namespace import census
 from host.small_disk import SmallDisk, find_obstacle, small_disk
 from oci_kit import Entry as TarEntry
 from oci_kit import build_image, directory, layer_tar, write_archive, write_layout
@@ -136,7 +139,7 @@ async def test_a_vm_can_be_deleted_to_make_room(disk: SmallDisk, templates: Path
         vm = await world.create(start=False)
         world.paths.vm(vm.id).work.write_bytes(bytes(MIB))
         disk.leave(0)
-        forget_vm(world.ctx, vm)
+        await forget_vm(world.ctx, vm)
         assert world.census()["rows"] == world.census()["directories"] == []
     finally:
         await world.close()
@@ -282,6 +285,31 @@ async def test_the_helpers_ledger_is_whole(disk: SmallDisk) -> None:
 
     await disk.fill_at_each_write(save, seen)
     assert ledger.entries() == ([entry], [])
+    ledger.close()
+
+
+async def test_a_lease_is_made_or_nothing_of_it(disk: SmallDisk, namespace: None) -> None:
+    ledger = Ledger(str(disk.path / "leases"))
+    leases = Leases(ledger, owner_uid=0)
+    plan = build_plan(2)
+
+    async def prepare() -> None:
+        try:
+            leases.prepare(plan)
+        except HelperError as e:
+            raise BangerError("operation_failed", str(e), hint=e.hint, reason=e.reason) from None
+
+    def seen() -> object:
+        ledger.tidy()
+        return census(), ledger.entries(), disk.names()
+
+    before = seen()
+    await disk.fill_at_each_write(prepare, seen)
+    assert [e.id for e in ledger.entries()[0]] == [plan.vm_id]
+    disk.leave(0)
+    leases.release(plan.vm_id)  # which a full disk does not keep
+    disk.empty()
+    assert seen() == before
     ledger.close()
 
 

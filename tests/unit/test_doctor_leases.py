@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from banger.api.doctor import DoctorFacts, HelperFacts
+from banger.api.doctor import DoctorFacts, HelperFacts, Undecided
 from banger.api.params import Doctor
 from banger.doctor.world import Store
 from fakes.doctor import FakeWorld, lease, running, vm
@@ -170,6 +170,33 @@ def test_directories_and_sockets_of_no_vm_are_found(world: FakeWorld) -> None:
         f"sockets in {world.paths.vm(web.id).runtime} of a VM that does not run",
         f"sockets in {world.paths.runtime / 'vms' / 'abcdefabcdef'} without a VM",
     )
+
+
+def test_what_is_left_of_a_deleted_vm_is_given_back_by_fix(world: FakeWorld) -> None:
+    aside = world.paths.vms / f".delete-{vm().id}"
+    aside.mkdir(parents=True)
+    places(world)
+    row = world.row("leftovers")
+    assert (row.level, row.fixable) == ("WARN", True)
+    assert row.details == (f"what is left of a deleted VM in {aside}",)
+
+
+def test_what_the_daemon_could_not_decide_is_a_row_each_and_told_once(world: FakeWorld) -> None:
+    gone = world.paths.vm("ab" * 16).directory
+    gone.mkdir(parents=True)
+    world.known["daemon"] = running(
+        undecided=(
+            Undecided(what="a machine of VM web runs (pid 7)", command="banger vm kill web"),
+            Undecided(what=f"{gone} holds disks", command=f"rm -r {gone}", level="WARN"),
+            Undecided(what="whether VM db runs is not known", command="banger doctor --fix"),
+        )
+    )
+    places(world)
+    assert [(row.level, row.command, row.fixable) for row in world.look("leftovers")] == [
+        ("FAIL", "banger vm kill web", False),
+        ("WARN", f"rm -r {gone}", False),
+        ("FAIL", "banger doctor --fix", True),
+    ]
 
 
 def test_sockets_of_a_vm_that_is_being_started_are_no_leftovers(world: FakeWorld) -> None:

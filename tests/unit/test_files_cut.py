@@ -17,6 +17,7 @@ import pytest
 from banger import files
 from banger.config.paths import Paths
 from banger.daemon.leftovers import sweep_leftovers
+from banger.disk.blank import write_blank_disk
 from banger.disk.initrd import write_vm_initrd
 from banger.guest.endpoint import TcpEndpoint
 from banger.host.lease import LeaseId
@@ -24,6 +25,7 @@ from banger.kernel.entries import publish_entry
 from banger.ssh.known_hosts import replace_host
 from banger.vm.handles import Handles, find_handles, write_handles
 from banger.workspace.manifest import accept_offer, manifest_path
+from fakes.world import DISK
 
 ENDPOINT = TcpEndpoint(address="127.0.0.1", port=7000)
 VM_ID = "0123456789abcdef" * 2
@@ -111,18 +113,24 @@ def _whole(path: Path, times: int) -> str | None:
 
 
 def _disk(paths: Paths, word: str) -> None:
-    template = paths.templates / "template"
-    if not template.exists():
-        shutil.copy(__file__, template)
-    files.clone_whole(template, paths.vm(VM_ID).work)
+    write_blank_disk(paths, "work", DISK, paths.vm(VM_ID).work)
 
 
 def _read_disk(paths: Paths) -> str | None:
     path = paths.vm(VM_ID).work
     if not path.exists():
         return None
-    assert path.read_bytes() == Path(__file__).read_bytes()
+    (template,) = paths.templates.glob("work-*")
+    assert path.stat().st_size == template.stat().st_size, "the disk is half"
+    # What lies behind is holes.
+    with path.open("rb") as disk, template.open("rb") as whole:
+        assert disk.read(8 << 20) == whole.read(8 << 20), "the disk is half"
     return "new"
+
+
+def lay_template(paths: Paths, templates: Path) -> None:
+    (template,) = templates.glob("work-*")
+    files.clone(template, paths.templates / template.name)
 
 
 def _initrd(paths: Paths, word: str) -> None:
@@ -194,7 +202,11 @@ WRITERS: dict[str, tuple[Writer, Reader]] = {
     [(n, b) for n in WRITERS for b in (None, "old") if (n, b) != ("disk", "old")],
 )
 def test_state_cut_at_any_call_is_old_or_new_and_the_next_start_clears_up(
-    paths: Paths, name: str, before: str | None, monkeypatch: pytest.MonkeyPatch
+    paths: Paths,
+    templates: Path,
+    name: str,
+    before: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write, read = WRITERS[name]
     at = 0
@@ -207,7 +219,7 @@ def test_state_cut_at_any_call_is_old_or_new_and_the_next_start_clears_up(
         if before is not None:
             write(paths, before)
         elif name == "disk":
-            shutil.copy(__file__, paths.templates / "template")
+            lay_template(paths, templates)
         with monkeypatch.context() as context:
             mortal = Mortal(context)
             mortal.left = at
@@ -269,11 +281,11 @@ def test_what_somebody_is_at_work_on_stays(paths: Paths, name: str, lock: str) -
 @pytest.mark.parametrize("name", ["handles", "known_hosts", "versions seen", "disk", "kernel",
                                   "image"])  # fmt: skip
 def test_content_is_on_disk_before_its_name_and_the_name_before_it_is_told(
-    paths: Paths, name: str, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, templates: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, _ = WRITERS[name]
     if name == "disk":
-        shutil.copy(__file__, paths.templates / "template")
+        lay_template(paths, templates)
     synced: list[str] = []
     named: list[tuple[str, set[str]]] = []
     real = {n: getattr(os, n) for n in ("fsync", "rename", "replace")}

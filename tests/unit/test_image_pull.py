@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from banger.config.paths import Paths
 from banger.disk import space
 from banger.disk.background import Job
 from banger.errors import BangerError
+from banger.image import cache as cache_module
 from banger.image import find_image, list_images, verify_image
 from banger.image import pull as pull_module
 from banger.image.cache import prune_cache, using_scratch
@@ -289,7 +291,8 @@ async def test_room_for_a_download_is_made_before_it(paths: Paths, registry: Fak
     old = paths.oci_blobs / first.layers[0].removeprefix("sha256:")
     seen: list[bool] = []
     job = Job(AtStage("download", lambda: seen.append(old.exists())))
-    await asyncio.to_thread(pull_module._pull, paths, plan(f"{reference}:v2", limit=150_000), job)
+    wanted = plan(f"{reference}:v2", limit=150_000)
+    await asyncio.to_thread(pull_module._pull, paths, wanted, job)
     assert seen == [False]
 
 
@@ -299,27 +302,50 @@ async def test_a_pull_in_the_middle_keeps_its_layers_when_others_prune(
     registry.add(build_image([layer_tar([Entry("a")]), layer_tar([Entry("b")])]), "v1")
     pruned: list[PrunedCache] = []
     job = Job(AtStage("layers", lambda: pruned.append(asyncio.run(prune(paths)))))
-    await asyncio.to_thread(pull_module._pull, paths, plan(f"{registry.host}/team/app:v1"), job)
+    wanted = plan(f"{registry.host}/team/app:v1")
+    await asyncio.to_thread(pull_module._pull, paths, wanted, job)
     assert [(done.blobs, done.in_use_blobs) for done in pruned] == [(0, 3)]
     assert (await prune(paths)).blobs == 3
 
 
+@pytest.mark.parametrize("lacking", [1, 150_000, 10_000_000])
 async def test_where_the_disk_is_full_unused_layers_go_before_a_pull_is_refused(
-    paths: Paths, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, lacking: int
 ) -> None:
-    first, second = big(), big()
-    registry.add(first, "v1")
-    registry.add(second, "v2")
+    """As many as are needed, and none where that would not be enough."""
+    images = [big() for _ in range(3)]
+    for number, image in enumerate(images):
+        registry.add(image, f"v{number}")
     reference = f"{registry.host}/team/app"
-    await pull_image(paths, plan(f"{reference}:v1"), reporter=Silent())
-    old = paths.oci_blobs / first.layers[0].removeprefix("sha256:")
-    monkeypatch.setattr(space, "free_bytes", lambda _: 0 if old.exists() else 1 << 40)
-    await pull_image(paths, plan(f"{reference}:v2"), reporter=Silent())
-    assert not old.exists()
-    monkeypatch.setattr(space, "free_bytes", lambda _: 0)
-    with pytest.raises(BangerError) as caught:
-        await pull_image(paths, plan(f"{reference}:v2", name="more"), reporter=Silent())
-    assert caught.value.reason == "disk_full"
+    for number in (0, 1):
+        await pull_image(paths, plan(f"{reference}:v{number}"), reporter=Silent())
+
+    def here() -> list[int]:
+        names = {p.name for p in paths.oci_blobs.iterdir()}
+        return [n for n, i in enumerate(images) if i.layers[0].removeprefix("sha256:") in names]
+
+    def used() -> int:
+        return sum(p.stat().st_size for p in paths.oci_blobs.iterdir())
+
+    # What the cache has now, what the layer needs and a bit less make the disk that is simulated.
+    total = used() + len(images[2].blobs[images[2].layers[0]]) - lacking
+    real = pull_module.require_room
+
+    def require_room(*words: Any, **named: Any) -> None:
+        if str(named["doing"]).startswith("fetching"):
+            real(*words, **named)
+
+    monkeypatch.setattr(pull_module, "require_room", require_room)
+    for module in (space, cache_module):
+        monkeypatch.setattr(module, "free_bytes", lambda _: total - used())
+    wanted = plan(f"{reference}:v2")
+    if lacking > 1_000_000:
+        with pytest.raises(BangerError) as caught:
+            await pull_image(paths, wanted, reporter=Silent())
+        assert (caught.value.reason, here()) == ("disk_full", [0, 1])
+    else:
+        await pull_image(paths, wanted, reporter=Silent())
+        assert here() == ([1, 2] if lacking == 1 else [2])
 
 
 async def test_what_a_killed_pull_unpacked_is_removed_and_what_one_uses_is_not(
@@ -351,6 +377,10 @@ async def test_what_cannot_be_pulled_is_refused_before_anything(
     assert caught.value.code == "bad_request"
 
 
+class Killed(BaseException):
+    """Nothing that follows happens."""
+
+
 async def test_an_image_is_never_gone_while_it_is_replaced(
     paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,12 +390,12 @@ async def test_an_image_is_never_gone_while_it_is_replaced(
 
     def die(self: Path, target: Path) -> Path:
         if self.name == old.id:
-            raise KeyboardInterrupt
+            raise Killed
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", die)
     wanted = plan(archive(tmp_path, b"2"), replace=True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         await pull_image(paths, wanted, reporter=Silent())
     monkeypatch.setattr(Path, "rename", real)
     manifest = paths.images / old.id / "manifest.json"

@@ -284,6 +284,22 @@ def test_cancel_is_heard_by_the_client_that_waits(banger: Installation) -> None:
     assert banger.world.census() == EMPTY
 
 
+def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -> None:
+    reached = banger.world.faults.hang_elsewhere("driver.start")
+    made = banger.stream("vm.create", banger.world.params("web", detach=True), o.Detached)
+    assert reached.wait(10)
+    banger.world.faults.fail("host.release")
+    ended = banger.call("daemon.operations.cancel", o.OperationRef(id=made.op_id), o.Operation)
+    assert (ended.state, ended.error and ended.error.reason) == ("unknown", "cancelled")
+    assert ended.error is not None
+    assert "could not all be given back: undoing what it held" in ended.error.message
+    # It is there, and stays over the daemon's restart, until somebody deletes it.
+    banger.restart()
+    assert [vm.name for vm in banger.call("vm.list", {}, list[VmRecord])] == ["web"]
+    banger.call("vm.delete", p.VmRef(vm="web"))
+    assert banger.world.census() == EMPTY
+
+
 def test_stop_cannot_be_cancelled_and_goes_on_without_its_client(banger: Installation) -> None:
     vm = create(banger)
     guest = banger.world.driver.guests[vm.id]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
+import msgspec
 import pytest
 
 from banger.config.paths import VmPaths
+from banger.errors import BangerError
+from banger.files import remove_tree
 from banger.host.lease import LeasePlan
 from banger.host.vmm_process import is_alive, kill_vmm
-from banger.vm.cleanup import is_live
-from banger.vm.stop import delete, stop
+from banger.vm.cleanup import as_it_is, is_live
+from banger.vm.handles import write_handles
+from banger.vm.machines import began_after
+from banger.vm.reconcile import reconcile
+from banger.vm.stop import delete, kill, stop
 from fakes.guest import announce
 from fakes.world import EMPTY, World
 
@@ -104,47 +112,167 @@ async def test_lease_that_was_made_before_its_handles_is_released(world: World) 
     assert world.census()["leases"] == []
 
 
-async def test_damaged_handles_do_not_hide_the_lease_and_its_machine(world: World) -> None:
+@pytest.mark.parametrize("damage", ["cut", "missing", "without its process"])
+async def test_machine_whose_handles_are_lost_is_adopted_by_its_lease(
+    world: World, damage: str
+) -> None:
     vm = await world.create()
-    process = world.handles(vm).process
-    assert process is not None
-    world.paths.vm(vm.id).handles.write_bytes(b'{"vmm":"fire')
+    before, path = world.handles(vm), world.paths.vm(vm.id).handles
+    match damage:
+        case "cut":
+            path.write_bytes(b'{"vmm":"fire')
+        case "missing":
+            path.unlink()
+        case _:
+            write_handles(world.paths.vm(vm.id), msgspec.structs.replace(before, process=None))
     await world.crash()
-    assert world.store.resolve("web").state == "stopped"
-    assert world.census()["leases"] == []
-    # The lease's cgroup knew it.
-    assert not is_alive(process)
-    assert (await world.start(vm)).state == "running"
+    assert world.store.resolve("web") == vm
+    assert world.handles(vm) == before
+    assert is_live(world.ctx, vm) and not world.ctx.undecided
+    assert (await world.ctx.client(vm).health()).hostname == "web"
+    vm, note = await stop(world.ctx, vm)
+    assert (vm.state, note) == ("stopped", None)
 
 
-async def test_missing_handles_are_as_damaged_ones(world: World) -> None:
-    vm = await world.create()
-    world.paths.vm(vm.id).handles.unlink()
-    await world.crash()
-    assert world.store.resolve("web").state == "stopped"
-    assert world.census()["processes"] == []
-
-
-async def test_directory_without_a_row_is_removed_with_what_it_holds(world: World) -> None:
-    vm = await world.create()
-    world.store.delete(vm.id)
-    await world.crash()
-    census = world.census()
-    census.pop("known_hosts")
-    assert {kind: rows for kind, rows in census.items() if rows} == {}
-
-
-async def test_directory_whose_machine_cannot_be_given_back_waits_for_the_next_daemon(
+async def test_machine_whose_lease_cannot_be_asked_for_either_is_left_and_told(
     world: World,
 ) -> None:
     vm = await world.create()
-    world.store.delete(vm.id)
-    world.faults.fail("host.release", times=2)
+    process = world.handles(vm).process
+    assert process is not None
+    world.paths.vm(vm.id).handles.unlink()
+    world.faults.fail("host.status")
+    await world.crash()
+    assert is_alive(process)
+    assert world.store.resolve("web").state == "running"
+    (undecided,) = world.ctx.undecided.values()
+    assert f"VM web runs (pid {process.pid})" in undecided.what
+    assert undecided.command == "banger vm kill web"
+    # Looking at it changes nothing, and a start does not replace it.
+    assert as_it_is(world.ctx, vm) == vm
+    with pytest.raises(BangerError, match="what it holds is not known"):
+        await world.start(vm)
+    assert is_alive(process)
+    # The helper is back: now it can be decided.
+    assert (await reconcile(world.ctx)).did
+    assert is_live(world.ctx, vm) and not world.ctx.undecided
+
+
+async def test_machine_of_which_nothing_is_known_ends_when_its_user_says_so(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.paths.vm(vm.id).handles.unlink()
+    world.faults.fail("host.status")
+    await world.crash()
+    vm, _ = await kill(world.ctx, vm, "KILL")
+    assert vm.state == "stopped"
+    assert not is_alive(process) and not world.ctx.undecided
+    assert world.census()["leases"] == []
+
+
+async def test_machine_that_runs_though_its_row_says_stopped_is_adopted(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.store.update(vm.id, state="stopped", boot_id=None)
+    await world.crash()
+    now = world.store.resolve("web")
+    assert (now.state, now.boot_id) == ("running", vm.boot_id)
+    assert is_live(world.ctx, now) and is_alive(process)
+
+
+async def test_machine_that_runs_unrecorded_and_does_not_answer_is_left_and_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.driver.guests[vm.id].shutdown = "absent"
+    # Written long after the machine had begun: this is no start that died half-way.
+    monkeypatch.setattr("banger.vm.reconcile.began_after", lambda process, moment: False)
+    world.store.update(vm.id, state="stopped")
+    await world.crash()
+    assert is_alive(process)
+    assert world.store.resolve("web").state == "stopped"
+    (undecided,) = world.ctx.undecided.values()
+    assert undecided.what.endswith("recorded as stopped, and its guest does not answer")
+    await delete(world.ctx, vm)
+    assert not is_alive(process)
+    assert world.census() == EMPTY
+
+
+async def test_time_of_a_record_tells_whether_a_process_came_after_it(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    now = datetime.now(UTC)
+    assert began_after(process, (now - timedelta(minutes=1)).isoformat())
+    assert not began_after(process, (now + timedelta(minutes=1)).isoformat())
+
+
+async def test_machine_without_a_row_is_never_touched(world: World) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.lose_row(vm)
+    before = world.census()
+    await world.crash()
+    assert is_alive(process)
+    after = world.census()
+    assert {**after, "names": []} == {**before, "names": []}
+    (undecided,) = world.ctx.undecided.values()
+    assert "which belongs to no VM" in undecided.what
+    assert undecided.command == f"kill {process.pid}"
+
+
+async def test_disks_without_a_row_stay_and_are_told(world: World) -> None:
+    """A database that was lost or restored must not take the users' disks with it."""
+    vm = await world.create()
+    await stop(world.ctx, vm)
+    world.lose_row(vm)
+    await world.crash()
+    assert world.paths.vm(vm.id).work.exists()
+    (undecided,) = world.ctx.undecided.values()
+    assert undecided.command == f"rm -r {world.paths.vm(vm.id).directory}"
+
+
+async def test_directory_without_a_row_and_without_disks_is_removed(world: World) -> None:
+    vm = await world.create(start=False)
+    world.lose_row(vm)
+    await world.crash()
+    assert world.census() == EMPTY
+
+
+async def test_directory_whose_lease_cannot_be_given_back_waits_for_the_next_daemon(
+    world: World,
+) -> None:
+    vm = await world.create()
+    process = world.handles(vm).process
+    assert process is not None
+    world.lose_row(vm)
+    await world.ctx.close()
+    await kill_vmm(process, None)
+    world.paths.vm(vm.id).work.unlink()
+    world.faults.fail("host.release")
     await world.crash()
     assert world.census()["handles"] == [vm.id]
     await world.crash()
     assert world.census()["directories"] == []
     assert world.census()["leases"] == []
+
+
+async def test_vm_whose_directory_is_gone_is_told_and_can_be_deleted(world: World) -> None:
+    vm = await world.create()
+    await stop(world.ctx, vm)
+    remove_tree(world.paths.vm(vm.id).directory)
+    await world.crash()
+    (undecided,) = world.ctx.undecided.values()
+    assert "the directory of VM web is gone, with its disks" in undecided.what
+    with pytest.raises(BangerError, match="is gone, with its disks"):
+        await world.start(vm)
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
 
 
 async def test_what_is_not_ours_in_the_directory_of_vms_stays(world: World) -> None:
@@ -179,7 +307,7 @@ async def test_cleanup_that_fails_at_start_is_shown_and_repeated_by_delete(world
     assert process is not None
     await world.ctx.close()
     await kill_vmm(process, None)
-    world.faults.fail("host.release", times=2)
+    world.faults.fail("host.release")
     await world.crash()
     vm = world.store.resolve("web")
     assert vm.state == "error"
@@ -188,7 +316,7 @@ async def test_cleanup_that_fails_at_start_is_shown_and_repeated_by_delete(world
 
 
 async def test_process_that_took_over_the_pid_is_not_mistaken_for_the_machine(
-    world: World,
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = await world.create()
     paths: VmPaths = world.paths.vm(vm.id)
@@ -199,9 +327,11 @@ async def test_process_that_took_over_the_pid_is_not_mistaken_for_the_machine(
     paths.handles.write_bytes(
         paths.handles.read_bytes().replace(old, str(process.start_time - 1).encode())
     )
-    # With another cgroup the stranger is nobody's business.
+    # Elsewhere and with another cgroup the stranger is nobody's business.
     world.host.leases.clear()
     (world.root / "cgroups" / vm.id / "cgroup.procs").write_text("")
+    monkeypatch.setattr("banger.vm.reconcile.find_machines", lambda directory: {})
+    monkeypatch.setattr("banger.vm.cleanup.find_machine", lambda paths: None)
     await world.crash()
     assert world.store.resolve("web").state == "stopped"
     assert is_alive(process)

@@ -25,6 +25,7 @@ from banger.vm.cleanup import is_live
 from banger.vm.handles import write_handles
 from banger.vm.stop import delete, stop
 from fakes.driver import PANIC, Boot
+from fakes.faults import broken
 from fakes.guest import BOOT_ID, announce, read_config
 from fakes.world import EMPTY, World
 
@@ -302,11 +303,40 @@ async def test_vm_whose_rollback_failed_can_still_be_deleted(world: World) -> No
     await reached.wait()
     world.faults.fail("host.release")
     creating.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(BangerError, match="could not all be given back") as caught:
         await creating
+    assert (caught.value.reason, caught.value.outcome) == ("cancelled", "unknown")
     vm = world.store.resolve("web")
     assert vm.state == "error"
     assert "host.release failed" in (vm.last_error or "")
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
+
+
+async def test_rollback_that_is_cancelled_once_more_is_finished_and_its_failure_seen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, releasing, go = world.faults.hang("driver.start"), asyncio.Event(), asyncio.Event()
+    creating = asyncio.ensure_future(world.create("web"))
+    await reached.wait()
+
+    async def fail_late(lease_id: str) -> None:
+        releasing.set()
+        await go.wait()
+        raise broken("host.release")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.host, "release", fail_late)
+        creating.cancel()
+        await releasing.wait()
+        creating.cancel()
+        await asyncio.sleep(0)
+        assert not creating.done()
+        go.set()
+        with pytest.raises(BangerError, match="could not all be given back"):
+            await creating
+    vm = world.store.resolve("web")
+    assert (vm.state, len(world.host.leases)) == ("error", 1), "what it holds has an owner"
     await delete(world.ctx, vm)
     assert world.census() == EMPTY
 
@@ -455,6 +485,20 @@ async def test_machine_of_an_earlier_daemon_is_ended_before_its_disks_are_used_a
     assert len(world.census()["processes"]) == 1
 
 
+@pytest.mark.parametrize("role", ["work", "overlay"])
+async def test_disk_that_was_used_and_is_gone_is_not_replaced_by_a_blank_one(
+    world: World, role: str
+) -> None:
+    vm = await world.create()
+    vm, _ = await stop(world.ctx, vm)
+    disk = getattr(world.paths.vm(vm.id), role)
+    disk.unlink()
+    with pytest.raises(BangerError, match=f"its {role} disk .* is gone"):
+        await world.start(vm)
+    assert not disk.exists()
+    assert world.census()["leases"] == []
+
+
 async def test_start_refuses_while_the_rest_of_an_earlier_run_cannot_be_given_back(
     world: World,
 ) -> None:
@@ -507,3 +551,51 @@ async def test_announcement_for_a_vm_that_does_not_start_is_refused(
     token = read_config(world.paths.vm(vm.id).initrd)["token"]
     with world.ctx.announcements.listen_unix(world.root / "late.sock"):
         assert not await announce(world.root / "late.sock", vm_id=vm.id, token=token)
+
+
+@pytest.mark.parametrize("lost", [("work",), ("overlay",), ("work", "overlay"), ("directory",)])
+async def test_lost_disk_is_not_replaced_by_an_empty_one(
+    world: World, lost: tuple[str, ...]
+) -> None:
+    vm = await world.create("web")
+    vm, _ = await stop(world.ctx, vm)
+    paths = world.paths.vm(vm.id)
+    before = world.census()
+    kept = world.root / "kept"
+    if lost == ("directory",):
+        paths.directory.rename(kept)
+    else:
+        kept.mkdir()
+        for name in lost:
+            getattr(paths, name).rename(kept / name)
+    with pytest.raises(BangerError, match="is missing, with what the VM had written") as caught:
+        await world.start(vm)
+    assert (caught.value.reason, caught.value.outcome) == ("disk_missing", "failed")
+    assert caught.value.hint == "banger vm delete web"
+    assert not (paths.work.exists() and paths.overlay.exists()), "nothing was made in its place"
+    # Put back from a backup, it runs again, with its files.
+    if lost == ("directory",):
+        kept.rename(paths.directory)
+    else:
+        for name in lost:
+            (kept / name).rename(getattr(paths, name))
+    assert world.census() == before
+    assert (await world.start(vm)).state == "running"
+
+
+async def test_vm_with_a_lost_disk_can_be_deleted(world: World) -> None:
+    vm = await world.create("web")
+    vm, _ = await stop(world.ctx, vm)
+    world.paths.vm(vm.id).work.unlink()
+    await delete(world.ctx, vm)
+    assert world.census() == EMPTY
+
+
+async def test_vm_that_never_ran_gets_its_first_disks(world: World) -> None:
+    """Also where an earlier first start failed half-way: nothing of the user's was on them."""
+    vm = await world.create("web", start=False)
+    world.faults.fail("driver.start")
+    with pytest.raises(BangerError):
+        await world.start(vm)
+    world.paths.vm(vm.id).work.unlink()
+    assert (await world.start(vm)).state == "running"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from typing import Any
 
 import pytest
 
 from banger.api.records import VmRecord
 from banger.errors import BangerError
 from banger.host.vmm_process import is_alive, kill_vmm
-from banger.vm.cleanup import is_live, settled
+from banger.vm import create as create_module
+from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.stop import check_signal, delete, kill, stop
 from fakes.world import EMPTY, World
 
@@ -175,7 +178,8 @@ async def test_reader_of_a_record_sees_an_ended_machine_even_before_its_watcher(
     world.ctx.unwatch(vm.id)
     await kill_vmm(process, None)
     assert not is_live(world.ctx, vm)
-    assert (await settled(world.ctx, vm)).state == "stopped"
+    assert as_it_is(world.ctx, vm).state == "stopped"
+    vm, _ = await stop(world.ctx, vm)
     only_its_own(world, vm)
 
 
@@ -317,21 +321,27 @@ async def test_a_deletion_that_dies_half_way_leaves_no_vm_without_its_disks(
         context.setattr("banger.vm.create.remove_tree", die)
         with pytest.raises(KeyboardInterrupt):
             await delete(world.ctx, vm)
-    assert world.store.list() == []
+    # Nothing was removed yet: it is there, and can be deleted.
+    assert [found.id for found in world.store.list()] == [vm.id]
     assert world.paths.vm(vm.id).directory.exists()
     await world.crash()
-    assert world.census()["directories"] == []
+    await delete(world.ctx, world.store.resolve("web"))
+    assert world.census() == EMPTY
 
 
-async def test_known_hosts_that_cannot_be_written_keep_no_vm(
+async def test_known_hosts_that_a_full_disk_keeps_do_not_keep_the_vm(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = await world.create(start=False)
+    vm = await world.create()
+    await stop(world.ctx, vm)
+    real = create_module.replace_host
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full_until_it_is_gone(*words: Any) -> None:
+        if world.paths.vm(vm.id).directory.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*words)
 
-    monkeypatch.setattr("banger.vm.create.replace_host", full)
+    monkeypatch.setattr(create_module, "replace_host", full_until_it_is_gone)
     await delete(world.ctx, vm)
     census = world.census()
-    assert census["rows"] == census["directories"] == []
+    assert census["rows"] == census["directories"] == census["known_hosts"] == []

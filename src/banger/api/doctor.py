@@ -69,12 +69,21 @@ class TriedLease(Wire, frozen=True, kw_only=True):
     release_ms: float
 
 
+class Undecided(Wire, frozen=True, kw_only=True):
+    """Something that banger must not decide by itself, and the command by which its user does."""
+
+    what: str
+    command: str
+    level: Literal["WARN", "FAIL"] = "FAIL"
+
+
 class DoctorFacts(Wire, frozen=True, kw_only=True):
     """What only a running daemon knows.
 
     `live` holds the ids of VMs that run, `busy` those that hold something or are being worked on.
     `settings_sha256` is the hash of the settings that it read when it started. `dns` is where it
     answers for `.vm`; `dns_problem` and `routing_problem` say why it or the resolver does not.
+    `undecided` is what the last comparison of records and machines left to its user.
     """
 
     version: str
@@ -87,5 +96,6 @@ class DoctorFacts(Wire, frozen=True, kw_only=True):
     dns: str | None = None
     dns_problem: str | None = None
     routing_problem: str | None = None
+    undecided: tuple[Undecided, ...] = ()
     swept: tuple[str, ...] = ()
     tried: TriedLease | None = None

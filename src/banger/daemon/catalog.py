@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,7 +21,7 @@ from banger.daemon import confinement, container_images, image_builds
 from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
-from banger.image.entries import delete_image, find_image, list_images
+from banger.image.entries import find_image, list_images
 from banger.image.recipe import list_recipes, load_recipe
 from banger.kernel.build import build_kernel, plan_build
 from banger.kernel.build_recipe import find_build_recipe, list_build_recipes
@@ -108,6 +109,7 @@ async def obtain_image(
                 name=target,
                 reporter=report,
                 replaced=replaced,
+                refuse=partial(container_images.refuse_in_use, daemon),
             )
         except BangerError as e:
             problem, why = e, str(e)
@@ -121,7 +123,7 @@ async def obtain_image(
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
         if replaced is not None:
             await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
-            delete_image(daemon.paths, replaced.id)
+            await container_images.remove_image(daemon, replaced.id, report)
         if as_name is None:
             # Not `build_image`: a peer that has just finished the same one is success here.
             return await build.ensure_image(daemon.paths, name, reporter=report)

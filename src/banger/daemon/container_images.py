@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from banger.api import params as p
 from banger.api import results as r
+from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image.cache import prune_cache
-from banger.image.entries import find_image
+from banger.image.entries import delete_image, find_image
 from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
 from banger.kernel.entries import find_kernel
 from banger.kernel.known import is_known_kernel
@@ -34,7 +36,9 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
             f"there is no kernel {wanted.kernel_ref!r}, here or in the catalog",
             hint="banger kernel list --available",
         )
-    return await pull_image(daemon.paths, wanted, reporter=call)
+    return await pull_image(
+        daemon.paths, wanted, reporter=call, refuse=partial(refuse_in_use, daemon)
+    )
 
 
 async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> ImageRecord:
@@ -54,7 +58,9 @@ async def ensure_pulled(daemon: Daemon, reference: str, report: Reporter) -> Ima
         free = not any(vm.image_id == found.id for vm in daemon.store.list())
         wanted = plan(daemon, p.PullImage(reference=reference, name=found.name, force=free))
     report.stage("resolve_image", f"pulling the image {wanted.reference}")
-    return await pull_image(daemon.paths, wanted, reporter=report)
+    return await pull_image(
+        daemon.paths, wanted, reporter=report, refuse=partial(refuse_in_use, daemon)
+    )
 
 
 async def cache_prune(daemon: Daemon, call: Call, params: p.PruneCache) -> r.PrunedCache:
@@ -73,6 +79,20 @@ def refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
             hint=f"banger vm delete {users[0]}",
             reason="in_use",
         )
+
+
+async def remove_image(daemon: Daemon, image_id: str, report: Reporter) -> ImageRecord:
+    """Remove an image that no VM has when its turn comes; waiting for that holds nobody up.
+
+    Raises:
+        BangerError: not_found; reason in_use.
+    """
+    return await run_job(
+        lambda job: delete_image(
+            daemon.paths, image_id, job=job, refuse=partial(refuse_in_use, daemon)
+        ),
+        report,
+    )
 
 
 def plan(daemon: Daemon, params: p.PullImage, *, again: bool = False) -> PullPlan:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from banger.vmm.driver import Driver
 
 log = logging.getLogger(__name__)
+
+# Started when they are needed: more than there can be VMs (250) with one piece of work each.
+_MOST_THREADS = 512
 
 
 class Daemon:
@@ -202,6 +206,11 @@ class Daemon:
     async def run(self, server: Server, tell_ready: Callable[[], None]) -> None:
         """Reconcile, serve until asked to stop, and leave every running VM alone."""
         self.server = server
+        # One that waits for a guest or a mirror holds a thread; the default of a few would make
+        # everybody else wait for it, too.
+        asyncio.get_running_loop().set_default_executor(
+            ThreadPoolExecutor(max_workers=_MOST_THREADS, thread_name_prefix="work")
+        )
         await self.names.open()
         await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
@@ -15,22 +14,19 @@ from banger.api.records import VmRecord
 from banger.doctor.helper import ask_helper
 from banger.doctor.world import settings_hash
 from banger.errors import BangerError
-from banger.files import remove_tree
-from banger.host.lease import Bridge, LeaseId, derive_mac
-from banger.names import new_vm_id, short_id
-from banger.vm.cleanup import handles_of, is_live, release_everything
+from banger.host.lease import Bridge, derive_mac
+from banger.names import new_vm_id
+from banger.vm.cleanup import is_live
 from banger.vm.plan import build_lease_plan
+from banger.vm.reconcile import reconcile
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from banger.api.params import Doctor
     from banger.daemon.daemon import Daemon
     from banger.rpc.server import Call
 
 log = logging.getLogger(__name__)
 
-_VM_ID = re.compile(r"[0-9a-f]{32}")
 # What bounds the lease of a small VM; none runs in it.
 _TRIED_MEMORY_MIB = 128
 
@@ -56,42 +52,27 @@ async def doctor(daemon: Daemon, call: Call, params: Doctor) -> DoctorFacts:
         dns=names.listen,
         dns_problem=names.problem,
         routing_problem=names.routing_problem,
+        undecided=tuple(daemon.vms.undecided.values()),
         swept=swept,
         tried=tried,
     )
 
 
 async def _sweep(daemon: Daemon) -> tuple[str, ...]:
-    """Give back directories, leases and sockets of no VM; one sentence for each.
+    """Make rows, handles, leases and machines agree; one sentence for each thing that was done.
 
     Raises:
         BangerError: something could not be given back; the rest was.
     """
-    did: list[str] = []
-    failures: list[str] = []
-    # Before the rows are read: a row is there before its directories, and goes after them.
-    directories = [p for p in daemon.paths.vms.iterdir() if _VM_ID.fullmatch(p.name)]
-    sockets = _list(daemon.paths.runtime / "vms")
-    known = {vm.id for vm in daemon.store.list()}
-    for directory in directories:
-        if directory.name in known:
-            continue
-        failed = await release_everything(
-            daemon.vms, directory.name, handles_of(daemon.vms, directory.name)
-        )
-        failures += failed
-        if not failed:
-            remove_tree(directory)
-            did.append(f"removed the directory {directory}, which belonged to no VM")
-    short = {vm_id[:12] for vm_id in known}
-    for path in sockets:
-        if path.name not in short and path.exists():
-            remove_tree(path)
-            did.append(f"removed the sockets in {path}, which belonged to no VM")
+    done = await reconcile(daemon.vms)
+    did, failures = [*done.did], [*done.failures]
     if daemon.host.privilege.kind != "none":
-        for lease in (await daemon.host.status()).leases:
-            await _release_unused(daemon, lease.vm_id, lease.id, did, failures)
-        did += [f"released {what}" for what in (await daemon.host.sweep(_pool(daemon))).removed]
+        try:
+            swept = await daemon.host.sweep(_pool(daemon))
+        except BangerError as e:
+            failures.append(str(e))
+        else:
+            did += [f"released {what}" for what in swept.removed]
     if failures:
         raise BangerError(
             "operation_failed",
@@ -101,39 +82,12 @@ async def _sweep(daemon: Daemon) -> tuple[str, ...]:
     return tuple(did)
 
 
-async def _release_unused(
-    daemon: Daemon, vm_id: str, lease_id: LeaseId, did: list[str], failures: list[str]
-) -> None:
-    vms = daemon.vms
-    # A start holds this lock from before its lease until its handles are known.
-    async with vms.locked(vm_id):
-        vm = daemon.store.find(vm_id)
-        if vm_id in vms.handles:
-            return
-        try:
-            await daemon.host.release(lease_id)
-        except BangerError as e:
-            failures.append(str(e))
-        else:
-            whose = f"VM {vm.name}, which does not run" if vm else f"no VM ({short_id(vm_id)})"
-            did.append(f"released a lease of {whose}")
-    if vm is None:
-        vms.forget(vm_id)
-
-
 def _pool(daemon: Daemon) -> Bridge | None:
     """The bridge whose taps the installed helper keeps in store."""
     if daemon.host.privilege.kind != "service":
         return None
     settings = daemon.settings
     return Bridge(name=settings.bridge_name, address=settings.bridge_ip, prefix=settings.cidr)
-
-
-def _list(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
 
 
 async def _try_lease(daemon: Daemon) -> TriedLease:

@@ -53,7 +53,7 @@ async def image_register(daemon: Daemon, call: Call, params: c.RegisterImage) ->
         )
     except BaseException:
         if params.kernel_ref is None:
-            delete_kernel(daemon.paths, kernel_ref)
+            await asyncio.to_thread(delete_kernel, daemon.paths, kernel_ref)
         raise
 
 
@@ -106,11 +106,11 @@ async def refuse_unknown_kernel(daemon: Daemon, call: Call, kernel: str) -> None
         )
 
 
-def forget_kernel_of(daemon: Daemon, image: ImageRecord) -> None:
+async def forget_kernel_of(daemon: Daemon, image: ImageRecord) -> None:
     """Remove the kernel entry that was made for a registered image, which is gone."""
     kernel = find_kernel(daemon.paths, image.kernel_ref)
     if kernel is not None and kernel.source == _owner(image.name):
-        delete_kernel(daemon.paths, kernel.name)
+        await asyncio.to_thread(delete_kernel, daemon.paths, kernel.name)
 
 
 def _owner(image: str) -> str:

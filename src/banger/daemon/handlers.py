@@ -38,7 +38,7 @@ from banger.rpc.server import Method
 from banger.store.vms import now_text
 from banger.vm import idle, observe, space
 from banger.vm.change import change
-from banger.vm.cleanup import is_live, settled
+from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.create import check_create, create
 from banger.vm.ports import ports, reached
 from banger.vm.start import start
@@ -264,13 +264,12 @@ async def _touch(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
 
 
 async def _list(daemon: Daemon, call: Call, _: p.Empty) -> list[VmRecord]:
-    vms = [await settled(daemon.vms, vm) for vm in daemon.store.list()]
-    return [space.marked(daemon.vms, vm) for vm in vms]
+    return [space.marked(daemon.vms, as_it_is(daemon.vms, vm)) for vm in daemon.store.list()]
 
 
 async def _show(daemon: Daemon, call: Call, params: p.VmRef) -> VmRecord:
-    vm = await settled(daemon.vms, daemon.store.resolve(params.vm))
-    return space.marked(daemon.vms, await bootstrap.settle(daemon, vm))
+    vm = await bootstrap.settle(daemon, daemon.store.resolve(params.vm))
+    return space.marked(daemon.vms, as_it_is(daemon.vms, vm))
 
 
 async def _stats(daemon: Daemon, call: Call, params: p.VmRef) -> r.VmStats:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from banger.rpc.trees import GuestFiles
 
 T = TypeVar("T")
+
+
+_DOWNLOADS = "downloads-for-a-build"
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +108,13 @@ async def build_in_machine(
                 daemon,
                 vm,
                 report,
-                lambda guest, job: capture_image(daemon.paths, guest, new, job),
+                lambda guest, job: capture_image(
+                    daemon.paths,
+                    guest,
+                    new,
+                    job,
+                    refuse=partial(container_images.refuse_in_use, daemon),
+                ),
             )
         finally:
             with contextlib.suppress(BangerError):  # somebody else has deleted it
@@ -114,7 +124,9 @@ async def build_in_machine(
 
 
 def remove_abandoned_bases(daemon: Daemon) -> None:
-    """Delete the temporary images of builds that ended with a daemon; for a daemon's start."""
+    """Delete what builds that ended with a daemon have left; for a daemon's start."""
+    for path in daemon.paths.images.glob(f".{_DOWNLOADS}-*"):
+        files.remove_tree(path)
     used = {vm.image_id for vm in daemon.store.list()}
     for image in list_images(daemon.paths):
         if is_temporary_image(image.name) and image.id not in used:
@@ -128,8 +140,7 @@ async def _furnish(
 
     def work(guest: GuestFiles, job: Job) -> tuple[LoadedRecipe, tuple[str, ...]]:
         whole = assemble(loaded, extras, find_manager(guest))
-        scratch = ships.scratch_directory(daemon)
-        with files.staging_directory(scratch, "build") as downloads:
+        with files.staging_directory(daemon.paths.images, _DOWNLOADS) as downloads:
             return whole, furnish(guest, whole, downloads=downloads, show=show, job=job)
 
     return await _in_guest(daemon, vm, report, work)

@@ -1,9 +1,9 @@
-"""What a killed daemon left half-written in the state directory, removed by the next one.
+"""What a killed daemon left half-written in state and cache, removed by the next one.
 
 Everything that banger writes there takes its name when it is whole (`banger.files`); until then it
-has a name that says so. Only the daemon writes there while it holds its lock, but for the owner's
-keys and fetched programs, which have locks of their own. The cache is not looked at: several
-daemons may share it, and each build removes what an earlier one of its name left.
+has a name that says so. Only the daemon writes to the state while it holds its lock, but for the
+owner's keys and fetched programs, which have locks of their own. Several daemons may share the
+cache: of it, staging directories alone are looked at, which their makers hold locked.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def sweep_leftovers(paths: Paths) -> None:
     below = [directory for vm in vms for directory in _directories(vm)]
     for directory in (*plain, *below):
         _sweep(directory)
+    scratch = (paths.cache / "scratch", paths.oci_blobs.parent)
+    for directory in (*scratch, *paths.build_cache.glob("*/*")):
+        _sweep(directory, plain=False)
     for directory, lock in (
         (paths.state, paths.state / ".bin.lock"),
         (paths.ssh, paths.ssh / ".lock"),
@@ -42,9 +45,9 @@ def sweep_leftovers(paths: Paths) -> None:
                 _sweep(directory)
 
 
-def _sweep(directory: Path) -> None:
+def _sweep(directory: Path, *, plain: bool = True) -> None:
     try:
-        for name in remove_leftovers(directory):
+        for name in remove_leftovers(directory, plain=plain):
             log.warning("%s was not finished and is removed", directory / name)
     except OSError as e:
         log.warning("clearing up %s: %s", directory, e)

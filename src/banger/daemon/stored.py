@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from banger.api import params as p
 from banger.api import results as r
 from banger.daemon import catalog, confinement, container_images, given, image_builds
+from banger.disk.background import run_job
 from banger.errors import BangerError
 from banger.image import build
 from banger.image.entries import (
-    delete_image,
     find_image,
     get_image,
     list_images,
@@ -46,7 +46,8 @@ async def ensure_image(daemon: Daemon, name: str, report: Reporter) -> ImageReco
     if image is None:
         image = await catalog.obtain_image(daemon, name, report)
     await ensure_kernel(daemon, image, report)
-    return image
+    # Who reserves a VM of it does so before anything else happens; meanwhile it may have gone.
+    return get_image(daemon.paths, image.id)
 
 
 async def ensure_kernel(daemon: Daemon, image: ImageRecord, report: Reporter) -> None:
@@ -88,7 +89,7 @@ async def image_build(daemon: Daemon, call: Call, params: p.BuildImage) -> Image
                 f"an image named {params.name!r} exists already",
                 hint=f"banger image delete {params.name}",
             )
-        _refuse_in_use(daemon, existing)
+        container_images.refuse_in_use(daemon, existing)
     if params.kernel_ref is not None:
         await given.refuse_unknown_kernel(daemon, call, params.kernel_ref)
     if loaded.recipe.bootstrapped:
@@ -130,8 +131,9 @@ async def _bootstrap(
         )
     await confinement.refuse_build(daemon.paths, loaded, params.name, extras)
     if existing is not None:
+        # The old one goes when there is another.
         await build.build_artefact(daemon.paths, loaded, reporter=call, extras=extras)
-        delete_image(daemon.paths, existing.name)
+        await container_images.remove_image(daemon, existing.id, call)
     return await build.build_image(
         daemon.paths,
         loaded,
@@ -142,22 +144,11 @@ async def _bootstrap(
     )
 
 
-def _refuse_in_use(daemon: Daemon, image: ImageRecord) -> None:
-    users = [vm.name for vm in daemon.store.list() if vm.image_id == image.id]
-    if users:
-        raise BangerError(
-            "operation_failed",
-            f"image {image.name} is used by {', '.join(users)}",
-            hint=f"banger vm delete {users[0]}",
-            reason="in_use",
-        )
-
-
 async def image_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
     image = get_image(daemon.paths, params.name)
-    _refuse_in_use(daemon, image)
-    delete_image(daemon.paths, image.name)
-    given.forget_kernel_of(daemon, image)
+    container_images.refuse_in_use(daemon, image)
+    image = await container_images.remove_image(daemon, image.id, call)
+    await given.forget_kernel_of(daemon, image)
     return r.Deleted(name=image.name)
 
 
@@ -192,15 +183,20 @@ async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRe
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
+    def refuse(kernel: KernelRecord) -> None:
+        users = [i.name for i in list_images(daemon.paths) if i.kernel_ref == kernel.name]
+        users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
+        if users:
+            raise BangerError(
+                "operation_failed",
+                f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
+                hint="banger image list",
+                reason="in_use",
+            )
+
     kernel = get_kernel(daemon.paths, params.name)
-    users = [image.name for image in list_images(daemon.paths) if image.kernel_ref == kernel.name]
-    users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
-    if users:
-        raise BangerError(
-            "operation_failed",
-            f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
-            hint="banger image list",
-            reason="in_use",
-        )
-    delete_kernel(daemon.paths, kernel.name)
+    refuse(kernel)
+    await run_job(
+        lambda job: delete_kernel(daemon.paths, kernel.name, job=job, refuse=refuse), call
+    )
     return r.Deleted(name=kernel.name)

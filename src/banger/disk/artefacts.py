@@ -16,6 +16,7 @@ import msgspec
 
 from banger import files
 from banger.disk.identity import FileChanged, FileIdentity, check_identity, identify
+from banger.faults import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -62,10 +63,13 @@ def built_artefacts(
         remove_abandoned(directory, _STAGING)
         if refresh or not _is_intact(target):
             with files.staging_directory(directory, _STAGING) as staging:
-                build(staging)
+                with step("artefact.build"):
+                    build(staging)
                 job.check()
-                _seal(staging)
-                files.publish_directory(staging, target)
+                with step("artefact.seal"):
+                    _seal(staging)
+                with step("artefact.publish"):
+                    files.publish_directory(staging, target)
             for other in directory.iterdir():
                 if other != target and not other.name.startswith("."):
                     files.remove_tree(other)

@@ -63,6 +63,17 @@ class Job:
     def warn(self, message: str) -> None:
         self._report(self._reporter.warn, message)
 
+    def at_once(self, work: Callable[[], T]) -> T:
+        """Do something short on the event loop's thread, where nothing else happens meanwhile: a
+        look at what others may change, and what follows from it."""
+        if self._loop is None:
+            return work()
+
+        async def done() -> T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(done(), self._loop).result()
+
     def _report(self, tell: Callable[..., None], *what: object) -> None:
         if self._loop is None:
             tell(*what)

@@ -18,10 +18,7 @@ def require_space(directory: Path, *, needed_bytes: int, reserve_bytes: int, doi
     Raises:
         BangerError: operation_failed, reason disk_full, with wanted, free and reserve in words.
     """
-    place = directory
-    while not place.exists():
-        place = place.parent
-    free = free_bytes(place)
+    free = free_bytes(existing_place(directory))
     if free - needed_bytes < reserve_bytes:
         raise BangerError(
             "operation_failed",
@@ -31,6 +28,13 @@ def require_space(directory: Path, *, needed_bytes: int, reserve_bytes: int, doi
             hint=DISK_FULL_HINT,
             reason="disk_full",
         )
+
+
+def existing_place(directory: Path) -> Path:
+    """The directory, or the nearest one above it that is there: on its filesystem it will be."""
+    while not directory.exists():
+        directory = directory.parent
+    return directory
 
 
 def _rounded(size_bytes: int) -> str:

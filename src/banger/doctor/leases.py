@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from banger.api.doctor import DoctorFacts
+from banger.api.doctor import DoctorFacts, Undecided
 from banger.api.params import Doctor
 from banger.doctor.check import Check, Finding, count, failed, passed, warned
 from banger.errors import BangerError
-from banger.files import remove_tree
+from banger.files import is_abandoned, remove_tree
 from banger.names import short_id
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FIX = "banger doctor --fix"
 _VM_ID = re.compile(r"[0-9a-f]{32}")
+_DELETED = re.compile(r"\.delete-[0-9a-f]{32}")
 _SHORT_ID = re.compile(r"[0-9a-f]{12}")
 _STAGING = re.compile(r"\..+-[0-9a-f]{8}")
 
@@ -106,7 +107,12 @@ def _look_leftovers(world: World) -> Iterator[Finding]:
     if not world.rows_are_known:
         yield passed("the database cannot be read: nothing can be said to belong to no VM")
         return
-    found = list(_strangers(world))
+    undecided = _undecided(world)
+    for it in undecided:
+        row = failed if it.level == "FAIL" else warned
+        yield row(it.what, command=it.command, fixable=it.command == _FIX)
+    told = " ".join(it.what for it in undecided)
+    found = [what for path, what in _strangers(world) if str(path) not in told]
     if found:
         yield warned(
             f"{count(len(found), 'thing')} of VMs that are gone or do not run",
@@ -114,12 +120,12 @@ def _look_leftovers(world: World) -> Iterator[Finding]:
             command=_FIX,
             fixable=True,
         )
-    orphans = list(_orphan_processes(world))
+    orphans = [o for o in _orphan_processes(world) if f"(pid {o[0]})" not in told]
     for pid, program in orphans:
         yield failed(
             f"{program} (pid {pid}) runs for no VM of this installation", command=f"kill {pid}"
         )
-    staging = [path for path in _staging_directories(world) if not _is_in_use(path.parent)]
+    staging = [path for path in _staging_directories(world) if _is_left(path)]
     if staging:
         yield warned(
             f"{count(len(staging), 'directory', 'directories')} of interrupted builds and pulls",
@@ -127,11 +133,17 @@ def _look_leftovers(world: World) -> Iterator[Finding]:
             command=_FIX,
             fixable=True,
         )
-    if not found and not orphans and not staging:
+    if not found and not orphans and not staging and not undecided:
         yield passed("nothing is left over of VMs, builds or pulls")
 
 
-def _strangers(world: World) -> Iterator[str]:
+def _undecided(world: World) -> tuple[Undecided, ...]:
+    """What the daemon found when it compared everything, and left to its user."""
+    facts = world.daemon().facts
+    return facts.undecided if facts is not None else ()
+
+
+def _strangers(world: World) -> Iterator[tuple[Path, str]]:
     """Directories and sockets of no VM, as they were before the rows were read."""
     rows = {vm.id for vm in world.vms}
     short = {vm_id[:12] for vm_id in rows}
@@ -140,11 +152,13 @@ def _strangers(world: World) -> Iterator[str]:
         if not path.exists():
             continue
         if _VM_ID.fullmatch(path.name) and path.name not in rows:
-            yield f"VM directory {path} without a VM"
+            yield path, f"VM directory {path} without a VM"
+        elif _DELETED.fullmatch(path.name):
+            yield path, f"what is left of a deleted VM in {path}"
         elif _SHORT_ID.fullmatch(path.name) and path.name not in short:
-            yield f"sockets in {path} without a VM"
+            yield path, f"sockets in {path} without a VM"
         elif path.name in stopped and any(_entries(path)):
-            yield f"sockets in {path} of a VM that does not run"
+            yield path, f"sockets in {path} of a VM that does not run"
 
 
 def _busy(world: World) -> set[str]:
@@ -192,12 +206,20 @@ def _staging_directories(world: World) -> Iterator[Path]:
     """
     paths = world.paths
     places = [paths.images, paths.kernels, paths.state, paths.oci_blobs.parent]
+    places.append(paths.cache / "scratch")
     # <build cache>/<kind>/<name>/.build-…
     places += [name for kind in _entries(paths.build_cache) for name in _entries(kind)]
     for place in places:
         for path in _entries(place):
             if _STAGING.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 yield path
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        return is_abandoned(path) and not _is_in_use(path.parent)
+    except OSError:  # not ours, or just gone
+        return False
 
 
 def _is_in_use(directory: Path) -> bool:
@@ -242,7 +264,7 @@ def _fix_sweep(world: World, report: Reporter) -> Iterator[str]:
 
 def _fix_leftovers(world: World, report: Reporter) -> Iterator[str]:
     yield from _fix_sweep(world, report)
-    for path in _staging_directories(world):
+    for path in filter(_is_left, _staging_directories(world)):
         if _remove_unused(path):
             yield f"removed {path}"
 

@@ -343,4 +343,4 @@ def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Jo
                 created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             ),
         )
-        return publish_image(paths, new)
+        return publish_image(paths, new, job=job)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from banger.api.results import PrunedCache
 from banger.disk.artefacts import remove_abandoned
 from banger.disk.background import run_job
-from banger.disk.space import require_space
-from banger.errors import BangerError
+from banger.disk.space import existing_place, require_space
+from banger.files import free_bytes
 from banger.oci.eviction import evict
 from banger.progress import Silent
 
@@ -58,23 +58,19 @@ def trim_cache(paths: Paths, *, keep_bytes: int) -> None:
 def require_room(
     paths: Paths, directory: Path, *, needed_bytes: int, reserve_bytes: int, doing: str
 ) -> None:
-    """As `require_space`; where the disk is too full, what the cache holds unused goes first.
+    """As `require_space`, but where the cache holds enough that nobody uses, that goes first.
 
     Raises:
         BangerError: operation_failed, reason disk_full.
     """
-
-    def require() -> None:
-        require_space(
-            directory, needed_bytes=needed_bytes, reserve_bytes=reserve_bytes, doing=doing
-        )
-
-    try:
-        require()
-    except BangerError:
-        if not evict(paths.oci_blobs, keep_bytes=0).blobs:
-            raise
-        require()
+    place, blobs = existing_place(directory), existing_place(paths.oci_blobs)
+    lacking = needed_bytes + reserve_bytes - free_bytes(place)
+    if lacking > 0 and place.stat().st_dev == blobs.stat().st_dev:
+        all_of_it = evict(paths.oci_blobs, keep_bytes=0, dry_run=True)
+        if all_of_it.bytes >= lacking:
+            total = all_of_it.bytes + all_of_it.kept_bytes
+            evict(paths.oci_blobs, keep_bytes=max(0, total - lacking))
+    require_space(directory, needed_bytes=needed_bytes, reserve_bytes=reserve_bytes, doing=doing)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from banger.disk.squashfs import write_squashfs
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
+    Refuse,
     find_image,
     find_manifest,
     lock_image,
@@ -53,7 +54,7 @@ EXCLUDED = (
     "etc/ssh/sshd_config.d/00-banger.conf", "var/lib/banger", "var/log/banger-first-boot.log",
     # one machine's own
     "etc/.pwd.lock", "var/lib/dbus/machine-id", "var/lib/systemd/random-seed", "var/log/journal/*",
-    "root/.ash_history", "root/.bash_history", "root/.wget-hsts",
+    "root/lost+found", "root/.ash_history", "root/.bash_history", "root/.wget-hsts",
     # what package managers fetch again
     "var/cache/apk/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/cache/dnf/*",
     "var/cache/libdnf5/*", "var/cache/pacman/pkg/*", "var/cache/xbps/*", "var/cache/zypp/*",
@@ -97,12 +98,20 @@ def decide(path: bytes) -> Fate:
     return "empty" if _EMPTIED.fullmatch(path) else "keep"
 
 
-def capture_image(paths: Paths, guest: GuestFiles, new: NewImage, job: Job) -> ImageRecord:
+def capture_image(
+    paths: Paths,
+    guest: GuestFiles,
+    new: NewImage,
+    job: Job,
+    *,
+    refuse: Refuse = lambda _: None,
+) -> ImageRecord:
     """Stop the guest's services and make an image of its system.
 
     Raises:
         BangerError: already_exists; operation_failed, also with the reasons bad_image (what came is
-            no system that can be one), disk_full and connection_lost.
+            no system that can be one), disk_full and connection_lost; what `refuse` raises of an
+            image that is to be replaced.
     """
     with lock_image(paths, new.name, job):
         existing = find_image(paths, new.name)
@@ -123,7 +132,9 @@ def capture_image(paths: Paths, guest: GuestFiles, new: NewImage, job: Job) -> I
             job.check()
             job.stage("publish", f"storing the image {new.name}")
             _describe(paths, directory, new)
-            return publish_image(paths, directory, replaced=existing, aside=staging)
+            return publish_image(
+                paths, directory, job=job, replaced=existing, aside=staging, refuse=refuse
+            )
 
 
 def _write(paths: Paths, directory: Path, new: NewImage, chunks: Iterator[bytes], job: Job) -> None:

@@ -7,6 +7,7 @@ one names a file of the user's by its absolute path. There is no database row.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ from banger.api.records import ImageConfig, ImageRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 ROOTFS = "rootfs.sqfs"
 MANIFEST = "manifest.json"
+
+Refuse = Callable[[ImageRecord], None]
+"""Raises BangerError when this image may not go: only who knows the VMs can tell."""
 
 
 class ImageManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,19 +95,35 @@ def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
     return tuple(sorted(found, key=lambda record: record.name))
 
 
-def delete_image(paths: Paths, name_or_id: str) -> None:
-    """Remove an image, of an unmanaged one only the entry. The caller checks that no VM uses it.
+def delete_image(
+    paths: Paths, name_or_id: str, *, job: Job | None = None, refuse: Refuse = lambda _: None
+) -> ImageRecord:
+    """Remove an image, of an unmanaged one only the entry; return what it was.
+
+    Waits for whoever makes an image of this name: not for the event loop's thread.
 
     Raises:
-        BangerError: not_found.
+        BangerError: not_found; what `refuse` raises.
     """
+    job = job or Job()
     name = get_image(paths, name_or_id).name
-    with lock_image(paths, name, Job()):
-        record = get_image(paths, name)
-        # Out of sight by one rename first: an image is never seen half removed.
-        with files.staging_directory(paths.images, f"delete-{name}") as aside:
-            (paths.images / record.id).rename(aside / record.id)
-            files.sync_directory(paths.images)
+    with (
+        lock_image(paths, name, job),
+        files.staging_directory(paths.images, f"delete-{name}") as aside,
+        step("discard.image"),
+    ):
+        gone = job.at_once(lambda: put_aside(paths, get_image(paths, name), aside, refuse))
+        files.sync_directory(paths.images)
+    return gone
+
+
+def put_aside(
+    paths: Paths, record: ImageRecord, aside: Path, refuse: Refuse = lambda _: None
+) -> ImageRecord:
+    """Take an image out of sight by one rename: it is never seen half removed."""
+    refuse(record)
+    (paths.images / record.id).rename(aside / record.id)
+    return record
 
 
 def verify_image(paths: Paths, name_or_id: str) -> tuple[str, ...]:
@@ -171,18 +192,35 @@ def write_manifest(directory: Path, manifest: ImageManifest) -> None:
 
 
 def publish_image(
-    paths: Paths, new: Path, *, replaced: ImageRecord | None = None, aside: Path | None = None
+    paths: Paths,
+    new: Path,
+    *,
+    job: Job,
+    replaced: ImageRecord | None = None,
+    aside: Path | None = None,
+    refuse: Refuse = lambda _: None,
 ) -> ImageRecord:
     """Store a finished directory, named by the image's id; `replaced` goes to `aside` after it.
 
     A name is never without its image: whoever is killed between the two leaves both.
+
+    Raises:
+        BangerError: what `refuse` raises of the image to be replaced; both are as they were.
     """
-    image_id = new.name
-    files.publish_directory(new, paths.images / image_id)
-    if replaced is not None and aside is not None:
-        (paths.images / replaced.id).rename(aside / replaced.id)
+    with step("image.sync"):
+        files.sync_tree(new)
+
+    def publish() -> None:
+        if replaced is not None:
+            refuse(replaced)
+        new.rename(paths.images / new.name)
+        if replaced is not None and aside is not None:
+            put_aside(paths, replaced, aside)
+
+    with step("image.publish"):
+        job.at_once(publish)
         files.sync_directory(paths.images)
-    return get_image(paths, image_id)
+    return get_image(paths, new.name)
 
 
 def _manifest(paths: Paths, record: ImageRecord) -> ImageManifest:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 from typing import TYPE_CHECKING, BinaryIO, cast, get_args
 
 from banger.errors import BangerError
@@ -90,7 +91,7 @@ def write_additions(out: BinaryIO, additions: dict[str, Addition]) -> None:
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for name, addition in sorted(additions.items()):
             info = tarfile.TarInfo(name)
-            info.mode = addition.mode
+            info.mode, info.mtime = addition.mode, int(time.time())
             if isinstance(addition.content, bytes):
                 info.size = len(addition.content)
                 tar.addfile(info, io.BytesIO(addition.content))

@@ -22,6 +22,7 @@ from banger.disk.identity import identify
 from banger.errors import BangerError
 from banger.image.entries import (
     ImageManifest,
+    Refuse,
     find_image,
     find_manifest,
     get_image,
@@ -51,6 +52,7 @@ async def pull_published(
     name: str,
     reporter: Reporter,
     replaced: ImageRecord | None = None,
+    refuse: Refuse = lambda _: None,
 ) -> ImageRecord:
     """The published image, stored as `name`; one that is there by then is the result.
 
@@ -59,7 +61,9 @@ async def pull_published(
     Raises:
         BangerError: not_found, operation_failed, also with the reasons bad_bundle and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, source, entry, name, replaced, job), reporter)
+    return await run_job(
+        lambda job: _pull(paths, source, entry, name, replaced, refuse, job), reporter
+    )
 
 
 def _pull(
@@ -68,6 +72,7 @@ def _pull(
     entry: IndexEntry,
     name: str,
     replaced: ImageRecord | None,
+    refuse: Refuse,
     job: Job,
 ) -> ImageRecord:
     with lock_image(paths, name, job):
@@ -84,7 +89,9 @@ def _pull(
             _accept(new, entry, name, found, job)
             job.check()
             job.stage("publish", f"storing the image {name}")
-            return publish_image(paths, new, replaced=existing, aside=staging)
+            return publish_image(
+                paths, new, job=job, replaced=existing, aside=staging, refuse=refuse
+            )
 
 
 def _accept(new: Path, entry: IndexEntry, name: str, found: frozenset[str], job: Job) -> None:

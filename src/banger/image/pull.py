@@ -19,10 +19,12 @@ from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
 from banger.disk.squashfs import write_squashfs
 from banger.errors import BangerError
+from banger.faults import step
 from banger.image.cache import require_room
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
+    Refuse,
     find_image,
     find_manifest,
     get_image,
@@ -121,7 +123,9 @@ def find_pulled(paths: Paths, plan: PullPlan) -> ImageRecord | None:
     return next((i for i in found if i.name == plan.name), found[0] if found else None)
 
 
-async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> ImageRecord:
+async def pull_image(
+    paths: Paths, plan: PullPlan, *, reporter: Reporter, refuse: Refuse = lambda _: None
+) -> ImageRecord:
     """Carry a plan out; where the image is stored already and unchanged, just return it.
 
     Two pulls of one image at once do the work once. Cancelling leaves nothing but whole blobs in
@@ -132,11 +136,13 @@ async def pull_image(paths: Paths, plan: PullPlan, *, reporter: Reporter) -> Ima
             image by now; not_found, unauthorized; operation_failed, also with the reasons bad_image
             and disk_full.
     """
-    return await run_job(lambda job: _pull(paths, plan, job), reporter)
+    return await run_job(lambda job: _pull(paths, plan, job, refuse), reporter)
 
 
-def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
+def _pull(paths: Paths, plan: PullPlan, job: Job, refuse: Refuse = lambda _: None) -> ImageRecord:
     with lock_image(paths, plan.name, job):
+        for kind in ("pull", "delete"):
+            remove_abandoned(paths.images, f"{kind}-{plan.name}")
         existing = find_image(paths, plan.name)
         if existing is not None and not _is_same(existing, plan) and not plan.replace:
             raise BangerError(
@@ -172,15 +178,13 @@ def _pull(paths: Paths, plan: PullPlan, job: Job) -> ImageRecord:
                         f"the image {plan.name} is an older {plan.reference}",
                         hint=f"banger image pull --force {plan.reference}",
                     )
-            for kind in ("pull", "delete"):
-                remove_abandoned(paths.images, f"{kind}-{plan.name}")
             try:
-                return _import(paths, plan, source.fetch(), source.digest, existing, job)
+                return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
             except BangerError as e:
                 if e.reason != "bad_image" or not source.drop_damaged():
                     raise
                 job.warn(f"the cache held damaged layers; they are fetched again ({e})")
-            return _import(paths, plan, source.fetch(), source.digest, existing, job)
+            return _import(paths, plan, source.fetch(), source.digest, existing, refuse, job)
 
 
 def _with_sshd(paths: Paths, plan: PullPlan, existing: ImageRecord) -> ImageRecord:
@@ -203,13 +207,15 @@ def _import(
     image: OciImage,
     digest: str,
     replaced: ImageRecord | None,
+    refuse: Refuse,
     job: Job,
 ) -> ImageRecord:
     what = str(plan.reference)
     with reading(what):
         config = guest_config(image.config, digest=digest, reference=what)
     job.stage("layers", f"reading {count_layers(len(image.layers))} of {what}")
-    index = index_layers(image.layers, what=what, work=job)
+    with step("pull.layers"):
+        index = index_layers(image.layers, what=what, work=job)
     require_room(
         paths,
         paths.images,
@@ -228,11 +234,15 @@ def _import(
         image_id = secrets.token_hex(16)
         new = staging / image_id
         new.mkdir(mode=0o755)
-        write_squashfs(new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode)
+        with step("pull.rootfs"):
+            write_squashfs(
+                new / ROOTFS, feed, job=job, epoch=index.newest, root_mode=index.root_mode
+            )
         job.check()
         job.stage("publish", f"storing the image {plan.name}")
-        _describe(new, plan, config, merged)
-        return publish_image(paths, new, replaced=replaced, aside=staging)
+        with step("pull.describe"):
+            _describe(new, plan, config, merged)
+        return publish_image(paths, new, job=job, replaced=replaced, aside=staging, refuse=refuse)
 
 
 def _describe(new: Path, plan: PullPlan, config: ImageConfig, merged: Merged) -> None:

@@ -19,6 +19,7 @@ from banger.disk.background import Job, run_job
 from banger.disk.identity import FileChanged, check_identity, identify
 from banger.disk.space import require_space
 from banger.errors import BangerError
+from banger.faults import step
 from banger.image.entries import (
     ImageManifest,
     find_image,
@@ -117,7 +118,7 @@ def _register(
                     created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
                 ),
             )
-            return publish_image(paths, new)
+            return publish_image(paths, new, job=job)
 
 
 def refuse_existing(paths: Paths, name: str) -> None:
@@ -151,7 +152,8 @@ def _promote(paths: Paths, name_or_id: str, reserve_bytes: int, job: Job) -> Ima
         remove_abandoned(directory, "promote")
         with files.staging_directory(directory, "promote") as staging:
             copy = staging / target.name
-            files.clone(source, copy, mode=0o444)
+            with step("promote.copy"):
+                files.clone(source, copy, mode=0o444)
             job.check()
             try:
                 # What was copied must be what was registered: the file is the user's, and may be
@@ -164,13 +166,15 @@ def _promote(paths: Paths, name_or_id: str, reserve_bytes: int, job: Job) -> Ima
                     hint=f"banger image delete {name}",
                     reason="files_changed",
                 ) from e
-            files.sync_file(copy)
-            copy.replace(target)
-            files.sync_directory(directory)
-        write_manifest(
-            directory,
-            msgspec.structs.replace(
-                manifest, rootfs_file=target.name, rootfs_mtime_ns=identity.mtime_ns
-            ),
-        )
+            with step("promote.place"):
+                files.sync_file(copy)
+                copy.replace(target)
+                files.sync_directory(directory)
+        with step("promote.record"):
+            write_manifest(
+                directory,
+                msgspec.structs.replace(
+                    manifest, rootfs_file=target.name, rootfs_mtime_ns=identity.mtime_ns
+                ),
+            )
     return get_image(paths, record.id)

@@ -17,9 +17,11 @@ from banger.api.records import KernelRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import BangerError
+from banger.faults import step
 from banger.names import check_entry_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from banger.config.paths import Paths
@@ -85,18 +87,35 @@ def list_kernels(paths: Paths) -> tuple[KernelRecord, ...]:
     return tuple(record for name in names if (record := find_kernel(paths, name)))
 
 
-def delete_kernel(paths: Paths, name: str) -> None:
-    """Remove an entry. That no image refers to it is the caller's check.
+def delete_kernel(
+    paths: Paths,
+    name: str,
+    *,
+    job: Job | None = None,
+    refuse: Callable[[KernelRecord], None] = lambda _: None,
+) -> None:
+    """Remove an entry. `refuse` raises when something refers to it.
+
+    Waits for whoever makes an entry of this name: not for the event loop's thread.
 
     Raises:
-        BangerError: not_found.
+        BangerError: not_found; what `refuse` raises.
     """
-    with lock_kernel(paths, name, Job()):
+    job = job or Job()
+
+    def put_aside(aside: Path) -> None:
+        # Out of sight by one rename: an entry is never seen half removed.
         record = get_kernel(paths, name)
-        # Out of sight by one rename first: an entry is never seen half removed.
-        with files.staging_directory(paths.kernels, f"delete-{name}") as aside:
-            Path(record.directory).rename(aside / name)
-            files.sync_directory(paths.kernels)
+        refuse(record)
+        Path(record.directory).rename(aside / name)
+
+    with (
+        lock_kernel(paths, name, job),
+        files.staging_directory(paths.kernels, f"delete-{name}") as aside,
+        step("discard.kernel"),
+    ):
+        job.at_once(lambda: put_aside(aside))
+        files.sync_directory(paths.kernels)
 
 
 def lock_kernel(paths: Paths, name: str, job: Job) -> AbstractContextManager[None]:
@@ -169,7 +188,8 @@ def publish_entry(paths: Paths, name: str, new: Path) -> None:
 
     Running VMs keep the files that they have open. The caller holds the lock of the name.
     """
-    files.publish_directory(new, paths.kernels / name)
+    with step("kernel.publish"):
+        files.publish_directory(new, paths.kernels / name)
 
 
 def now_text() -> str:

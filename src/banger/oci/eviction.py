@@ -1,7 +1,8 @@
 """The size of the blob cache: the least recently used blobs go, never one that a pull holds.
 
 Knows nothing but the files: a blob's time of modification is its last use, its lock says that it is
-in use. So there is no index that a crash could leave wrong. Several evictions at once may remove more than one would have, and never what is in use.
+in use. So there is no index that a crash could leave wrong. Evictions come one after the other: the
+lock with which one looks at a blob would be a use of it to the next, which then took another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from banger import files
 from banger.oci.blobs import PART, lock_of
 
 if TYPE_CHECKING:
@@ -39,8 +41,15 @@ def evict(directory: Path, *, keep_bytes: int, dry_run: bool = False) -> Evictio
 
     What pulls hold stays, so that more may be left. Transfers that a killed pull left go too.
     """
-    if not dry_run:
-        _remove_abandoned_parts(directory.parent.parent / "fetch")
+    if not directory.parent.is_dir():
+        return Eviction()
+    with files.locked(directory.parent / ".evict.lock"):
+        if not dry_run:
+            _remove_abandoned_parts(directory.parent.parent / "fetch")
+        return _evict(directory, keep_bytes, dry_run=dry_run)
+
+
+def _evict(directory: Path, keep_bytes: int, *, dry_run: bool) -> Eviction:
     rows = _list(directory)
     kept_blobs, kept_bytes = len(rows), sum(size for _, size, _ in rows)
     blobs = freed = in_use_blobs = in_use_bytes = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import socket
 import ssl
 import threading
@@ -101,12 +102,18 @@ class Http:
         # Not the connections: one whose server announces its end forgets its socket before the body
         # has been read.
         self._sockets: set[socket.socket] = set()
-        self._managers: dict[str | None, urllib3.PoolManager] = {}
-        self._context = ssl.create_default_context()
-        if ca_for is not None and "/" not in ca_for:
-            for ca in sorted((_CERTS / ca_for).glob("*.crt")):
-                self._context.load_verify_locations(ca)
+        self._managers: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
+        self._ca_for = ca_for
         self._proxies = getproxies_environment()
+
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        """Whom to trust. Reading this host's certificates takes 50 ms: only where TLS is spoken."""
+        context = ssl.create_default_context()
+        if self._ca_for is not None and "/" not in self._ca_for:
+            for ca in sorted((_CERTS / self._ca_for).glob("*.crt")):
+                context.load_verify_locations(ca)
+        return context
 
     def close(self) -> None:
         for manager in self._managers.values():
@@ -222,13 +229,16 @@ class Http:
     def _manager(self, parts: urllib.parse.SplitResult) -> urllib3.PoolManager:
         """The pools for a URL: direct, or through the proxy that the environment names."""
         proxy = find_proxy(parts.scheme, parts.hostname or "", parts.netloc, self._proxies)
+        key = (proxy, parts.scheme == "https" or (proxy or "").startswith("https"))
         with self._guard:
-            if proxy not in self._managers:
-                self._managers[proxy] = self._make_manager(proxy)
-            return self._managers[proxy]
+            if key not in self._managers:
+                self._managers[key] = self._make_manager(*key)
+            return self._managers[key]
 
-    def _make_manager(self, proxy: str | None) -> urllib3.PoolManager:
-        options: dict[str, Any] = {"ssl_context": self._context, "maxsize": 4}
+    def _make_manager(self, proxy: str | None, secure: bool) -> urllib3.PoolManager:
+        options: dict[str, Any] = {"maxsize": 4}
+        if secure:
+            options["ssl_context"] = self._context
         manager: urllib3.PoolManager
         if proxy is None:
             manager = urllib3.PoolManager(**options)

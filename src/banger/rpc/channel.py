@@ -151,10 +151,12 @@ async def accept(sock: socket.socket) -> socket.socket:
 
     A process out of descriptors must not go deaf for the rest of its life.
     """
-    loop = asyncio.get_running_loop()
     while True:
         try:
-            connection, _ = await loop.sock_accept(sock)
+            connection, _ = sock.accept()
+        except BlockingIOError:
+            # Not sock_accept: cancelled at the wrong moment it forgets a connection it has taken.
+            await _readable(sock)
         except OSError as e:
             if e.errno not in _NO_ROOM:
                 raise
@@ -162,12 +164,25 @@ async def accept(sock: socket.socket) -> socket.socket:
             # The kernel does not say when a descriptor becomes free, and the listener stays ready.
             await asyncio.sleep(_NO_ROOM_S)
         else:
+            connection.setblocking(False)
             return connection
 
 
 def _set(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, _set, ready)
+    try:
+        await ready
+    finally:
+        # Closed meanwhile, its number may be another socket's.
+        if sock.fileno() >= 0:
+            loop.remove_reader(sock)
 
 
 async def _writable(sock: socket.socket) -> None:

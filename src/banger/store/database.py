@@ -13,7 +13,7 @@ import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from banger.errors import DISK_FULL_HINT, BangerError, is_disk_full
+from banger.errors import DISK_FULL_HINT, BangerError
 from banger.files import free_bytes, staging_directory, sync_directory, sync_file
 
 if TYPE_CHECKING:
@@ -115,16 +115,15 @@ def lent_room(path: Path) -> Iterator[None]:
 
 
 def keep_room(path: Path) -> None:
-    """Keep a little room beside the database, unless there is some or the disk is full."""
+    """Keep a little room beside the database, unless there is some. Nothing fails for the lack."""
     if _room_path(path).exists():
         return
     try:
         with _room_path(path).open("wb") as f:
             os.posix_fallocate(f.fileno(), 0, _ROOM_BYTES)
-    except OSError as e:
-        _room_path(path).unlink(missing_ok=True)
-        if not is_disk_full(e):
-            raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            _room_path(path).unlink(missing_ok=True)
 
 
 def _room_path(path: Path) -> Path:

@@ -36,6 +36,8 @@ async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord,
             hint="banger vm set --help",
         )
     async with ctx.locked(vm.id):
+        # As it is now: what was asked for before us has been done.
+        vm = ctx.store.resolve(vm.id)
         changes: dict[str, Any] = {}
         for flag, field, new in (
             ("--disk-size", "work_disk_bytes", params.disk_bytes),

@@ -10,12 +10,15 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from banger.errors import BangerError
 from banger.faults import step
 from banger.files import remove_tree
 from banger.host.lease import LeaseId
 from banger.host.vmm_process import is_alive, kill_vmm
 from banger.vm.handles import Handles, clear_handles, find_handles
+from banger.vm.machines import find_machine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -45,14 +48,16 @@ def is_live(ctx: VmContext, vm: VmRecord) -> bool:
     )
 
 
-async def settled(ctx: VmContext, vm: VmRecord) -> VmRecord:
-    """The record as it is: one that says running of a machine that has ended is corrected first."""
-    if vm.state == "running" and not is_live(ctx, vm):
-        async with ctx.locked(vm.id):
-            now = ctx.store.find(vm.id)
-            if now is not None and now.state == "running" and not is_live(ctx, now):
-                return await reset(ctx, now, last_error="the machine ended by itself")
-            return now or vm
+def as_it_is(ctx: VmContext, vm: VmRecord) -> VmRecord:
+    """The record, for people: one that says running of a machine that has ended says stopped.
+
+    Whoever ends it, or its watcher, corrects the row when what it held has been given back; nobody
+    who only looks waits for that.
+    """
+    if vm.state == "running" and not is_live(ctx, vm) and vm.id not in ctx.undecided:
+        return msgspec.structs.replace(
+            vm, state="stopped", boot_id=None, last_error="the machine ended by itself"
+        )
     return vm
 
 
@@ -78,11 +83,13 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
         return True
 
     gone = True
-    if handles is not None and handles.process is not None:
-        process = handles.process
-        gone = await attempt(
-            "release.process", "ending the VMM", lambda: kill_vmm(process, handles.cgroup)
-        )
+    process = handles.process if handles is not None else None
+    if process is None and paths.runtime.exists():
+        # A daemon that was killed before it had written down what it had started.
+        process = find_machine(paths)
+    if process is not None:
+        ending, cgroup = process, handles.cgroup if handles is not None else None
+        gone = await attempt("release.process", "ending the VMM", lambda: kill_vmm(ending, cgroup))
     if gone:
         # Damaged handles: the ledger knows the lease by the VM's id.
         lease_id = handles.lease_id if handles is not None else LeaseId(vm_id)
@@ -101,6 +108,7 @@ async def release_everything(ctx: VmContext, vm_id: str, handles: Handles | None
             clear_handles(paths)
             ctx.handles.pop(vm_id, None)
             ctx.admitted.discard(vm_id)
+            ctx.undecided.pop(vm_id, None)
 
         await attempt("release.handles", "removing its handles", forget_handles)
     return failures

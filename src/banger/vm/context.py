@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from banger.errors import BangerError
 from banger.vm.handles import read_secrets
@@ -19,6 +20,7 @@ from banger.vm.handles import read_secrets
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from banger.api.doctor import Undecided
     from banger.api.records import VmRecord
     from banger.config.paths import Paths, VmPaths
     from banger.config.settings import Settings
@@ -64,12 +66,14 @@ class VmContext:
     home: Path = field(default_factory=Path.home)
     """The owner's, where `[[file_sync]]` reads."""
     handles: dict[str, Handles] = field(default_factory=dict)
+    undecided: dict[str, Undecided] = field(default_factory=dict)
+    """VM id → what reconcile found and may not decide; only the user's own word ends it."""
     admitted: set[str] = field(default_factory=set)
     """VMs whose start was let through, until what they held is given back."""
     some_run: asyncio.Event = field(default_factory=asyncio.Event)
     none_run: asyncio.Event = field(default_factory=asyncio.Event)
     """Whether VMs are watched: what has to look now and then does so only while some are."""
-    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _watchers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _background: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -87,10 +91,6 @@ class VmContext:
         """Whether an operation on this VM is under way."""
         lock = self._locks.get(vm_id)
         return lock is not None and lock.locked()
-
-    def forget(self, vm_id: str) -> None:
-        """A deleted VM needs no lock any more."""
-        self._locks.pop(vm_id, None)
 
     def spawn(self, work: Coroutine[Any, Any, Any], what: str) -> asyncio.Task[Any]:
         """Work that belongs to nobody's request: it goes on when the client has left."""

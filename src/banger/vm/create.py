@@ -10,7 +10,7 @@ import msgspec
 
 from banger.api.records import ImageRecord, OwnerProcess, VmRecord
 from banger.config.settings import host_memory_mib
-from banger.errors import BangerError
+from banger.errors import BangerError, is_disk_full
 from banger.faults import step
 from banger.files import ensure_private_directory, remove_tree, write_atomic
 from banger.host.lease import derive_mac
@@ -24,6 +24,8 @@ from banger.vm.handles import Secrets
 from banger.vm.start import start
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from banger.api.params import CreateVm
     from banger.config.paths import VmPaths
     from banger.progress import Reporter
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ASIDE = ".delete-"
+"""Where a VM's directory goes while it is deleted: this and the VM's id."""
 _MOST_VCPU = 32
 _LEAST_MEMORY_MIB = 128
 _MOST_DISK = 128 * GIB
@@ -103,10 +107,12 @@ async def create(
         )
     report.stage("reserve", "reserving name and address")
 
+    vm_id = new_vm_id()
+
     def build(name: str, address: str) -> VmRecord:
         now = now_text()
         return VmRecord(
-            id=new_vm_id(),
+            id=vm_id,
             name=name,
             state="created",
             image_id=image.id,
@@ -129,29 +135,32 @@ async def create(
             touched_at=now,
         )
 
-    async with step("create.reserve"):
-        vm = ctx.store.reserve(
-            params.name,
-            ctx.settings.subnet if ctx.network == "bridge" else None,
-            frozenset({ctx.settings.bridge_ip}),
-            build,
-        )
-    async with ctx.locked(vm.id):
+    async with ctx.locked(vm_id):
         try:
-            paths = ctx.vm_paths(vm.id)
+            async with step("create.reserve"):
+                vm = ctx.store.reserve(
+                    params.name,
+                    ctx.settings.subnet if ctx.network == "bridge" else None,
+                    frozenset({ctx.settings.bridge_ip}),
+                    build,
+                )
             async with step("create.secrets"):
-                _make_secrets(paths, vm.name)
+                _make_secrets(ctx.vm_paths(vm.id), vm.name)
             if not params.start:
                 return ctx.store.update(vm.id, provisional=False)
             return await start(ctx, vm, report, allow_overcommit=params.allow_overcommit)
         except BaseException as e:
-            now = ctx.store.find(vm.id)
-            kept = isinstance(e, BangerError) and e.reason == "guest_not_ready" and not building
-            if kept and now is not None:
-                # Its console is wanted: it waits for `vm logs` and `vm delete`.
-                ctx.store.update(vm.id, ephemeral=False, owner=None)
-            if not kept and now is not None and now.state != "error":
-                await forget_vm(ctx, vm)
+            now = ctx.store.find(vm_id)
+            if now is not None:
+                kept = isinstance(e, BangerError) and e.reason == "guest_not_ready"
+                if kept and not building:
+                    # Its console is wanted: it waits for `vm logs` and `vm delete`.
+                    ctx.store.update(vm_id, ephemeral=False, owner=None)
+                elif now.state != "error":
+                    await forget_vm(ctx, now)
+                else:
+                    # It is listed from now on, and stays until somebody deletes it.
+                    ctx.store.update(vm_id, provisional=False)
             raise
 
 
@@ -163,27 +172,51 @@ def _make_secrets(paths: VmPaths, name: str) -> None:
 
 
 async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
-    """Remove a VM that holds nothing any more: row, directory, known_hosts lines.
+    """Remove a VM that holds nothing any more: known_hosts lines, directory, row.
 
-    The row first: a directory without a row is removed by the next start of the daemon, while a row
-    without its disks would be a VM that cannot start. On a full disk the directory makes the room.
+    Its directory goes out of sight by one rename, before its row: killed at any moment, either the
+    VM is whole or the next daemon ends what was begun. Nobody meets a VM without its disks. On a
+    full disk the directory makes room for the rest.
     """
+    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
     directory = ctx.vm_paths(vm.id).directory
-    async with step("delete.row"):
-        try:
-            ctx.store.delete(vm.id)
-        except BangerError as e:
-            if e.reason != "disk_full":
-                raise
-            remove_tree(directory)
-            ctx.store.delete(vm.id)
-    async with step("delete.files"):
-        remove_tree(directory)
-    ctx.forget(vm.id)
-    async with step("delete.known_hosts"):
-        try:
-            hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    aside = directory.with_name(f"{ASIDE}{vm.id}")
+    full = False
+    try:
+        async with step("delete.known_hosts"):
             replace_host(ctx.paths.known_hosts, hosts, None)
-        except OSError as e:
-            # The next VM of this name or address replaces the lines anyway.
-            log.warning("VM %s is gone, its lines in known_hosts are not: %s", vm.name, e)
+    except OSError as e:
+        full = is_disk_full(e)
+        if not full:
+            raise
+    try:
+        async with step("delete.aside"):
+            if directory.exists():
+                remove_tree(aside)
+                directory.rename(aside)
+        async with step("delete.row"):
+            _delete_row(ctx, vm, aside)
+    except BaseException:
+        if ctx.store.find(vm.id) is None:
+            remove_tree(aside)
+        elif aside.exists():
+            aside.rename(directory)
+        raise
+    try:
+        async with step("delete.files"):
+            remove_tree(aside)
+    except (BangerError, OSError) as e:
+        # The VM is gone; what is left of it takes room, and doctor says so.
+        log.warning("removing what is left of VM %s in %s: %s", vm.name, aside, e)
+    if full:
+        replace_host(ctx.paths.known_hosts, hosts, None)
+
+
+def _delete_row(ctx: VmContext, vm: VmRecord, aside: Path) -> None:
+    try:
+        ctx.store.delete(vm.id)
+    except BangerError as e:
+        if e.reason != "disk_full":
+            raise
+        remove_tree(aside)
+        ctx.store.delete(vm.id)

@@ -67,6 +67,13 @@ async def start(
     """
     if is_live(ctx, vm):
         return vm
+    if vm.id in ctx.undecided:
+        # Whatever runs there is not ended by a start, which nobody gives to lose something.
+        raise BangerError(
+            "operation_failed",
+            f"starting VM {vm.name}: {ctx.undecided[vm.id].what}",
+            hint=ctx.undecided[vm.id].command,
+        )
     _refuse_lost(ctx, vm)
     # What an earlier run left (a daemon killed half-way, a VMM that died) goes first.
     async with step("start.clean"):
@@ -96,7 +103,7 @@ async def start(
     console_start = _size(plan)
     async with Undo() as undo:
         # Registered first, because every step from here on leaves something that this gives back.
-        undo.push("what it held", lambda: _release(ctx, vm.id))
+        undo.push("what it held", lambda: _release(ctx, vm))
         timer.stage("disks", "preparing disks")
         async with step("start.disks"):
             await _finish_thread(_make_disks, ctx, plan)
@@ -153,8 +160,8 @@ async def start(
             except BangerError as e:
                 if e.reason == "guest_not_ready" and not vm.building:
                     # It may still come up: the VM is kept, its console tells more.
-                    undo.keep()
                     _publish(ctx, vm, driver, process, None)
+                    undo.keep()
                 raise
             finally:
                 if not exited.done():
@@ -162,8 +169,9 @@ async def start(
                     await asyncio.gather(exited, return_exceptions=True)
         timer.stage("publish", "ready")
         async with step("start.publish"):
-            undo.keep()
             running = _publish(ctx, vm, driver, process, announcement)
+        # Not before: a record that cannot be written must not leave a machine that nobody knows.
+        undo.keep()
     timer.log(vm)
     if plan.lease is not None:
         # Not before: on a small host it would take from the guest's boot.
@@ -287,6 +295,14 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
         )
         for role, target, size in disks:
             if not target.exists():
+                if plan.vm.files_synced:
+                    # It has been used: a blank one would stand for what is lost.
+                    raise BangerError(
+                        "operation_failed",
+                        f"starting VM {plan.vm.name}: its {role} disk {target} is gone",
+                        hint=f"banger vm delete {plan.vm.name}",
+                        reason="files_changed",
+                    )
                 write_blank_disk(ctx.paths, role, size, target)
             elif target.stat().st_size < size:
                 extend_disk(target, size)
@@ -318,15 +334,18 @@ async def _finish_thread(work: Callable[..., None], *args: object) -> None:
         raise
 
 
-async def _release(ctx: VmContext, vm_id: str) -> None:
+async def _release(ctx: VmContext, vm: VmRecord) -> None:
     # A rollback that was begun is finished, also when its caller is cancelled once more.
     failures = await ctx.finish_alone(
-        release_everything(ctx, vm_id, ctx.handles.get(vm_id)), f"undo {vm_id[:8]}"
+        release_everything(ctx, vm.id, ctx.handles.get(vm.id)), f"undo {vm.id[:8]}"
     )
     if failures:
         text = "; ".join(failures)
-        ctx.store.update(vm_id, state="error", last_error=text, boot_id=None)
+        ctx.store.update(vm.id, state="error", last_error=text, boot_id=None)
         raise BangerError("operation_failed", text)
+    now = ctx.store.find(vm.id)
+    if now is not None and now.state == "running":
+        ctx.store.update(vm.id, state=vm.state, boot_id=None)
 
 
 async def _ready(

@@ -58,7 +58,7 @@ async def stop(
         if untouched_since is not None and vm.touched_at != untouched_since:
             return vm, None
         if not is_live(ctx, vm):
-            if vm.state in ("created", "stopped") and handles_of(ctx, vm.id) is None:
+            if _is_idle(ctx, vm) and handles_of(ctx, vm.id) is None:
                 return vm, f"VM {vm.name} was not running"
             return await reset(ctx, vm, last_error=vm.last_error), None
         note = await _end_gracefully(
@@ -70,7 +70,7 @@ async def stop(
 async def _end_gracefully(ctx: VmContext, vm: VmRecord, grace_s: float) -> str | None:
     handles = ctx.handles[vm.id]
     assert handles.process is not None
-    ctx.unwatch(vm.id)  # this end is expected
+    # Its watcher goes on until the reset: whatever keeps us from it, the end is noticed.
     if (await ctx.driver()).capabilities.emulated:
         grace_s *= 3
     grace_s = min(grace_s, _MOST_GRACE_S)
@@ -97,11 +97,10 @@ async def kill(ctx: VmContext, vm: VmRecord, signal: str) -> tuple[VmRecord, str
     signal = check_signal(signal)
     async with ctx.locked(vm.id):
         vm = _reread(ctx, vm)
-        if not is_live(ctx, vm) and vm.state in ("created", "stopped"):
+        if not is_live(ctx, vm) and _is_idle(ctx, vm):
             return vm, f"VM {vm.name} was not running"
         handles = handles_of(ctx, vm.id)
         if signal != "KILL" and handles is not None and handles.process is not None:
-            ctx.unwatch(vm.id)
             signal_vmm(handles.process, signal, missing_ok=True)
             try:
                 async with step("kill.signal"), asyncio.timeout(ctx.settings.stop_timeout_s):
@@ -132,6 +131,11 @@ async def delete(ctx: VmContext, vm: VmRecord, *, kill_it: bool = False) -> str 
             )
         await forget_vm(ctx, vm)
     return None
+
+
+def _is_idle(ctx: VmContext, vm: VmRecord) -> bool:
+    """Whether its record says that it does not run, and nothing says otherwise."""
+    return vm.state in ("created", "stopped") and vm.id not in ctx.undecided
 
 
 def _reread(ctx: VmContext, vm: VmRecord) -> VmRecord:

@@ -6,6 +6,8 @@ generator-based context manager once it is collected, which would tear down the 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -50,7 +52,7 @@ class Undo:
         while self._steps:
             what, release = self._steps.pop()
             try:
-                await release()
+                await _finish(release)
             except Exception as e:
                 log.warning("undoing %s: %s", what, e)
                 failures.append(f"undoing {what}: {e}")
@@ -58,3 +60,23 @@ class Undo:
             error.also += failures
             # What a lost reply left open is settled by having given everything back.
             error.outcome = "unknown" if failures else "failed"
+        elif failures and isinstance(error, asyncio.CancelledError):
+            # A cancellation is no error, and says that nothing is left; here that would be a lie.
+            raise BangerError(
+                "operation_failed",
+                "cancelled, and what it had made could not all be given back: "
+                + "; ".join(failures),
+                hint="banger vm list",
+                reason="cancelled",
+                outcome="unknown",
+            ) from error
+
+
+async def _finish(release: Release) -> None:
+    """Give back to the end, also when the caller is cancelled once more: what is given back half
+    would belong to nobody."""
+    work = asyncio.ensure_future(release())
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+    work.result()

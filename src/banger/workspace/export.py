@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import msgspec
 
 from banger.errors import BangerError
+from banger.faults import step
 from banger.workspace.git import failure
 from banger.workspace.ground import GUEST_GIT, Ground, no_git, open_ground
 from banger.workspace.guest_git import fetch_refs
@@ -84,15 +85,17 @@ def export_patch(source: Source, out: Callable[[bytes], object]) -> Exported:
     with open_source_ground(source) as ground:
         base, tree = find_base(source, ground)
         files = ground.read_tree(tree)
-        view = _look(source, ground, files)
-        _record(source, ground, files, view)
-        changed = ground.changed_names(tree)
-        size = ground.write_patch(tree, out)
-    if size > APPLY_LIMIT:
-        source.report.warn(
-            f"the patch has {size >> 20} MiB, and git apply takes {APPLY_LIMIT >> 20}: "
-            "use `banger vm workspace apply`, or --format tar"
-        )
+        with step("export.compare"):
+            view = _look(source, ground, files)
+            _record(source, ground, files, view)
+            changed = ground.changed_names(tree)
+        with step("export.write"):
+            size = ground.write_patch(tree, out)
+        if size > APPLY_LIMIT:
+            source.report.warn(
+                f"the patch has {size >> 20} MiB, and git apply takes {APPLY_LIMIT >> 20}: "
+                "use `banger vm workspace apply`, or --format tar"
+            )
     return Exported(base, len(changed), _shown(changed), size)
 
 

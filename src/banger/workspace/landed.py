@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from banger.errors import BangerError
-from banger.files import remove_tree
+from banger.faults import step
+from banger.files import is_abandoned, remove_tree, staging_directory
 from banger.workspace.export import Change
 from banger.workspace.index import EXECUTABLE, REGULAR, SYMLINK
 from banger.workspace.landing import Landing
@@ -28,6 +29,7 @@ from banger.workspace.worktree import WorkTree
 if TYPE_CHECKING:
     from pathlib import Path
 
+_STAGING = "banger-apply"
 _CHUNK = 1 << 20
 _MAX_CHANGES = 2_000_000
 _MAX_LINE = 5000
@@ -165,25 +167,31 @@ def apply_changes(host: HostFacts, changes: list[Change], stream: BinaryIO) -> A
     """
     root = host.root
     _refuse_conflicts(host, changes)
-    staging = root / f".banger-apply-{os.urandom(6).hex()}"
-    staging.mkdir(mode=0o700)
-    try:
-        _receive(staging, changes, stream)
+    _remove_abandoned(root)
+    with staging_directory(root, _STAGING) as staging:
+        with step("apply.receive"):
+            _receive(staging, changes, stream)
         # Again: the stream may have taken its time.
         found = _refuse_conflicts(host, changes)
         wanted = dict.fromkeys(name for _, name in found.written)
-        for change in changes:
-            if change.after is None and change.name in wanted:
-                _remove(root, change.name)
+        with step("apply.remove"):
+            for change in changes:
+                if change.after is None and change.name in wanted:
+                    _remove(root, change.name)
         doing = f"applying the changes to {root}"
-        with Landing(root, doing) as landing, Landing(staging, doing) as source:
+        with step("apply.move"), Landing(root, doing) as landing, Landing(staging, doing) as source:
             for change in changes:
                 if change.after is not None and change.name in wanted:
                     parts = change.name.split(b"/")
                     landing.move_in(source, parts)
-    finally:
-        remove_tree(staging)
     return found
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What an `apply` that was killed had received and not put in its place: it is sent again."""
+    for path in root.glob(f".{_STAGING}-*"):
+        if path.is_dir() and not path.is_symlink() and is_abandoned(path):
+            remove_tree(path)
 
 
 def _refuse_conflicts(host: HostFacts, changes: list[Change]) -> Applied:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from banger.api.records import Workspace
+from banger.faults import step
 from banger.files import sync_directory, write_atomic
 from banger.rpc.trees import Record  # noqa: TC001 - msgspec reads the annotations
 from banger.workspace.options import HostStat  # noqa: TC001 - msgspec reads the annotations
@@ -94,8 +95,9 @@ def find_manifest(directory: Path, guest_path: str) -> Manifest | None:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Keep a manifest, in one piece. Raises OSError."""
     path = manifest_path(directory, manifest.workspace.guest_path)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    write_atomic(path, msgspec.msgpack.encode(manifest))
+    with step("prepare.record"):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomic(path, msgspec.msgpack.encode(manifest))
 
 
 def write_offer(directory: Path, manifest: Manifest) -> str:

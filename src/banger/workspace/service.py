@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from banger.faults import step
 from banger.workspace.prepare import put_first
 from banger.workspace.update import bring_up_to_date
 
@@ -18,10 +19,11 @@ def prepare(what: Preparation) -> Prepared:
     Raises:
         BangerError: as `put_first` and `bring_up_to_date`.
     """
-    if what.manifest is not None:
-        # The guest lists its files while this host looks at its own.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            done = bring_up_to_date(what, pool.submit(what.guest.scan, what.guest_path))
-        if done is not None:
-            return done
-    return put_first(what)
+    with step("prepare.put"):
+        if what.manifest is not None:
+            # The guest lists its files while this host looks at its own.
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                done = bring_up_to_date(what, pool.submit(what.guest.scan, what.guest_path))
+            if done is not None:
+                return done
+        return put_first(what)

@@ -20,6 +20,8 @@ from tests.smoke.calls import (
 )
 from tests.smoke.census import banger_processes, links, ruleset, take_census, vmm_processes
 from tests.smoke.registry import scenario
+from tests.smoke.user_mode import CONFIG, STATE
+from tests.smoke.user_mode import user_mode as user_installation
 
 _DAEMON, _HELPER = "bangerd.service", "bangerd-root.service"
 # Stages of a start, as the command shows them; `reserve` and `plan` acquire nothing on the host.
@@ -83,48 +85,23 @@ def crash_census() -> None:
 
 @scenario("global", "one VM in user mode as root beside the installed one; nothing of it stays")
 def user_mode() -> None:
-    root = Path("/var/lib/smoke-user")
-    extra = {
-        "BANGER_MODE": "user",
-        "XDG_STATE_HOME": str(root / "state"),
-        "XDG_CACHE_HOME": str(root / "cache"),
-        "XDG_CONFIG_HOME": str(root / "config"),
-        "XDG_RUNTIME_DIR": str(root / "run"),
-    }
-    user = Caller(user="root", program=banger.program, extra=extra)
-    state = root / "state" / "banger"
-    for directory in (state, root / "cache", root / "config" / "banger", root / "run"):
-        directory.mkdir(parents=True, mode=0o700)
-    for part in ("bin", "kernels", "images"):
-        host("cp", "-a", f"/var/lib/banger/{part}", str(state))
-    host("chown", "-R", "root:root", str(state))
-    config = root / "config" / "banger" / "config.toml"
-    text = (
-        'bridge_name = "br-fc-user"\nbridge_ip = "172.31.77.1"\n'
-        f'dns_listen_addr = "127.0.0.1:42070"\n{Path("/etc/banger/config.toml").read_text()}'
-    )
-    config.write_text(text)
-    try:
+    with user_installation() as user:
         out = user("vm", "run", "--name", "user", "--", "sh", "-c", "hostname; exit 3", status=3)
         expect(out == "user\n", f"stdout is {out!r}")
         expect(user.json("vm", "show", "user")["vmm"] == "firecracker", "not firecracker")
         expect(banger.vm_names() == [], "the installed daemon sees a VM of user mode")
         expect(user.vm_names() == ["user"], "user mode does not list its VM")
-        _check_limits(user, state)
+        _check_limits(user)
         kill_and_wait(int(user.json("daemon", "status", "--json")["pid"]))
         user("vm", "exec", "user", "--", "true")
-        _check_full_disk(user, config, text)
+        _check_full_disk(user)
         user("vm", "delete", "user")
-    finally:
-        user.done("daemon", "stop")
-        host("ip", "link", "delete", "br-fc-user", status=None)
-        host("rm", "-rf", str(root))
 
 
-def _check_limits(user: Caller, state: Path) -> None:
+def _check_limits(user: Caller) -> None:
     """Those of a cgroup of our own, where no systemd makes scopes; and that `vm stats` reads it."""
     record = user.json("vm", "show", "user")
-    handles = json.loads((state / "vms" / record["id"] / "handles.json").read_text())
+    handles = json.loads((STATE / "vms" / record["id"] / "handles.json").read_text())
     group = Path(f"/proc/{handles['process']['pid']}/cgroup").read_text().strip()
     expect(group == f"0::/banger/{record['id']}", f"its cgroup is {group}")
     directory = Path(f"/sys/fs/cgroup/banger/{record['id']}")
@@ -138,12 +115,14 @@ def _check_limits(user: Caller, state: Path) -> None:
     expect(stats["vmm_cpu_s"] > 0 and stats["network_sent_bytes"] > 0, f"stats are {stats}")
 
 
-def _check_full_disk(user: Caller, config: Path, text: str) -> None:
+def _check_full_disk(user: Caller) -> None:
     """Firecracker pauses a VM below a quarter of the reserve, here one that no disk has."""
+
+    text = CONFIG.read_text()
 
     def restart(with_text: str) -> None:
         user("daemon", "stop")
-        config.write_text(with_text)
+        CONFIG.write_text(with_text)
 
     def paused() -> bool:
         return user.json("vm", "show", "user")["paused"] is not None
