@@ -79,8 +79,9 @@ def test_what_is_written_reads_back_the_same(form: int) -> None:
     data = layer_tar(ENTRIES, form)
     out = io.BytesIO()
     for m, content in read_all(data):
-        padding = write_member(out.write, m, m.name)
-        out.write(content + padding)
+        body = write_member(out.write, m, m.name)
+        body.write(content)
+        body.end()
     write_end(out.write)
     assert seen(read_all(out.getvalue())) == seen(read_all(data))
     assert expected(out.getvalue()) == expected(data)

@@ -144,7 +144,7 @@ class LiveTar:
             raise BadImage(f"its files hold more than {format_size(self._most_bytes)}")
         if passed.apparent_bytes > _MOST_APPARENT:
             raise BadImage(f"its files have more than {_MOST_APPARENT >> 40} TiB")
-        padding = write_member(stream.write, m, name)
+        body = write_member(stream.write, m, name)
         if m.kind == REGULAR and not empty:
-            self._reader.copy_data(stream.write)
-            stream.write(padding)
+            self._reader.copy_data(body.write)
+            body.end()

@@ -185,16 +185,16 @@ def _live_members(
 def _write(
     m: Member, reader: TarReader, names: list[bytes], stream: IO[bytes], merged: Merged
 ) -> None:
-    padding = write_member(stream.write, m, names[0])
+    body = write_member(stream.write, m, names[0])
     if m.kind == REGULAR:
         if m.size <= _MOST_OS_RELEASE and m.sparse is None and not _OS_RELEASE.isdisjoint(names):
             text = reader.data()
-            stream.write(text)
+            body.write(text)
             if found := _OS_ID.search(text):
                 merged.distro = found[1].decode()
         else:
-            reader.copy_data(stream.write)
-        stream.write(padding)
+            reader.copy_data(body.write)
+        body.end()
         merged.content_bytes += m.stored
     for name in names[1:]:
         write_link(stream.write, m, name, names[0])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from banger.oci.sparse import Filler, lay_out
 from banger.oci.tar_read import BLOCK, REGULAR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from banger.oci.sparse import Piece
     from banger.oci.tar_read import Member
 
 _FIELDS = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s167s")
@@ -23,20 +25,37 @@ _MOST_ID = 0o7777777
 _MOST_SIZE = _MOST_MTIME = 0o77777777777
 
 
-def write_member(write: Callable[[bytes], object], m: Member, name: bytes) -> bytes:
-    """Write a member's header under `name`; return the padding to write behind its data.
+class Body:
+    """What follows a member's header: `write` takes its data in pieces, `end` comes last."""
 
-    The data that must follow is the member's own (`stored` bytes).
-    """
+    __slots__ = ("_filler", "_padding", "_write", "write")
+
+    def __init__(
+        self, write: Callable[[bytes], object], padding: int, filler: Filler | None = None
+    ) -> None:
+        self._write, self._padding, self._filler = write, padding, filler
+        self.write = write if filler is None else filler.write
+
+    def end(self) -> None:
+        if self._filler is not None:
+            self._filler.end()
+        self._write(bytes(self._padding))
+
+
+def write_member(write: Callable[[bytes], object], m: Member, name: bytes) -> Body:
+    """Write a member's header under `name`; the result takes its data (`stored` bytes)."""
     records = [(b"SCHILY.xattr." + key, value) for key, value in m.xattrs]
     size = m.stored if m.kind == REGULAR else 0
-    before = b""
-    if m.sparse is not None:
-        # A hole at the end is an empty piece behind it, as GNU tar has it; sqfstar insists.
-        pieces = m.sparse
-        if not pieces or sum(pieces[-1]) != m.size:
-            pieces = (*pieces, (m.size, 0))
-        numbers = [len(pieces), *(n for piece in pieces for n in piece)]
+    if m.sparse is None:
+        write(_header(m, name, m.kind, m.link, size, records))
+        return Body(write, -size % BLOCK)
+    if m.size < BLOCK:
+        # Too short for a map that sqfstar understands; its holes are nothing worth.
+        laid: tuple[Piece, ...] = ((0, m.size),)
+        size, before = m.size, b""
+    else:
+        laid = lay_out(m.sparse, m.size)
+        numbers = [len(laid), *(n for piece in laid for n in piece)]
         before = b"".join(b"%d\n" % n for n in numbers)
         before += bytes(-len(before) % BLOCK)
         records += [
@@ -45,9 +64,9 @@ def write_member(write: Callable[[bytes], object], m: Member, name: bytes) -> by
             (b"GNU.sparse.name", name),
             (b"GNU.sparse.realsize", b"%d" % m.size),
         ]
-        size += len(before)
+        size = len(before) + sum(length for _, length in laid)
     write(_header(m, name, m.kind, m.link, size, records) + before)
-    return bytes(-size % BLOCK)
+    return Body(write, -size % BLOCK, Filler(write, m.sparse, laid))
 
 
 def write_link(write: Callable[[bytes], object], m: Member, name: bytes, target: bytes) -> None:
@@ -69,7 +88,7 @@ def _header(
     records: list[tuple[bytes, bytes]],
 ) -> bytes:
     uid, gid = m.uid, m.gid
-    if len(name) > 100 and m.sparse is None:
+    if len(name) > 100 and (b"GNU.sparse.name", name) not in records:
         records.append((b"path", name))
     if len(link) > 100:
         records.append((b"linkpath", link))
