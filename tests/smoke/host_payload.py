@@ -53,8 +53,8 @@ def build_payload(directory: Path) -> Path:
     shutil.copy(HERE / "inside.sh", tree / "inside.sh")
     inside = tree / "tests" / "smoke"
     (inside / "scenarios").mkdir(parents=True)
-    for name in ("__init__", "inside", "registry", "calls", "guests", "census", "events"):
-        shutil.copy(HERE / f"{name}.py", inside / f"{name}.py")
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, inside / path.name)
     for path in (HERE / "scenarios").glob("*.py"):
         shutil.copy(path, inside / "scenarios" / path.name)
     (tree / "tests" / "bench").mkdir()
