@@ -54,8 +54,8 @@ def small(banger: Installation) -> Iterator[None]:
 @pytest.fixture
 def checkout(repository: Path) -> Path:
     """A checkout without uncommitted changes, and with something to make."""
-    (repository / "Makefile").write_text("test:\n\t@cat message\n")
     subprocess.run(["git", "checkout", "-q", "--", "."], cwd=repository, check=True)
+    (repository / "Makefile").write_text("test:\n\t@cat message\n")
     for name in ("untracked", "ignored"):
         (repository / name).unlink()
     identity = ("-c", "user.name=T", "-c", "user.email=t@example.invalid")
