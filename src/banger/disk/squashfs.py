@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 from typing import IO, TYPE_CHECKING, cast
 
+from banger.disk.squashfs_root import UNCOMPRESSED, SquashfsChanged, own_root_directory
 from banger.errors import BangerError
 from banger.process import ProcessFailed, get_program
 
@@ -59,12 +60,11 @@ def write_squashfs(
             trouble.append(line)
 
     argv = [sqfstar, "-comp", "lz4", "-no-progress", "-root-mode", f"{root_mode:o}"]
+    foreign = not all_root and os.geteuid() != 0
     if all_root:
         argv.append("-all-root")
-    elif os.geteuid() != 0:
-        # sqfstar gives the root directory to whoever runs it and ignores -root-uid (4.5.1), so it
-        # has to believe that it is root.
-        argv[:0] = [get_program("unshare", package="util-linux"), "--map-root-user", "--"]
+    elif foreign:
+        argv += UNCOMPRESSED
     argv.append(str(target))
     try:
         with (
@@ -77,21 +77,26 @@ def write_squashfs(
             ) as p,
         ):
             assert p.stdin
+            fed = False
             try:
                 feed(p.stdin)
+                fed = True
                 p.stdin.close()
             except BrokenPipeError:
-                # It ended first: leaving the block reports its status and last words.
-                if p.wait() == 0:
+                # It ended first: leaving the block reports its status and last words. Of a whole
+                # stream it needs no more than the end mark, not the padding behind it.
+                if p.wait() == 0 and not fed:
                     raise
         if trouble:
             raise BangerError(
                 "operation_failed",
                 f"writing {target.name}: sqfstar left something out: {trouble[0]}",
             )
+        if foreign:
+            own_root_directory(target)
     except BaseException as e:
         target.unlink(missing_ok=True)
-        if isinstance(e, ProcessFailed):
+        if isinstance(e, ProcessFailed | SquashfsChanged):
             raise BangerError("operation_failed", f"writing {target.name}: {e}") from e
         raise
 
