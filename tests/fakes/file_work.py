@@ -19,7 +19,6 @@ from banger import faults
 from banger.config.paths import Paths
 from banger.daemon.leftovers import sweep_leftovers
 from banger.disk.background import Job
-from banger.errors import BangerError
 from banger.image.build import _publish as publish_build
 from banger.image.entries import delete_image, find_image, list_images, verify_image
 from banger.image.pull import plan_pull, pull_image
@@ -280,14 +279,7 @@ def _repository(place: Path) -> None:
 
 def _prepare(place: Path) -> None:
     guest = _KeptGuest(place)
-    try:
-        done = guest.prepare(place / "repo", ShipOptions())
-    except BangerError as e:
-        # Killed after the guest had the tree and before that was recorded: nobody can tell it from
-        # a directory of the guest's own, and the user has to say so.
-        if e.code != "already_exists":
-            raise
-        done = guest.prepare(place / "repo", ShipOptions(), force=True)
+    done = guest.prepare(place / "repo", ShipOptions())
     write_manifest(place / "vm", done.manifest)
 
 

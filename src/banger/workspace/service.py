@@ -5,9 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from banger.errors import BangerError
 from banger.faults import step
 from banger.workspace.prepare import put_first
-from banger.workspace.update import bring_up_to_date
+from banger.workspace.update import bring_up_to_date, recognise
 
 if TYPE_CHECKING:
     from banger.workspace.prepare import Preparation, Prepared
@@ -26,4 +27,12 @@ def prepare(what: Preparation) -> Prepared:
                 done = bring_up_to_date(what, pool.submit(what.guest.scan, what.guest_path))
             if done is not None:
                 return done
-        return put_first(what)
+        try:
+            return put_first(what)
+        except BangerError as e:
+            if e.code != "already_exists" or what.force:
+                raise
+            # The daemon may have been killed when the guest had everything and no record was made.
+            if (found := recognise(what)) is None:
+                raise
+            return found

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
@@ -81,6 +82,33 @@ def bring_up_to_date(
             raise _refusal(what, lost, moved)
         update = _Update(what, scratch, selection, plan, refs, known, scan, moved=bool(moved))
         return update.send(wanted)
+
+
+def recognise(what: Preparation) -> Prepared | None:
+    """What lies at the guest path taken for the workspace, when it holds exactly what would be put
+    there, and nothing else; None when it does not. So is found what a preparation has put that was
+    cut off before the host could record it.
+
+    Raises:
+        BangerError: the guest's own error, or of the repository.
+    """
+    with open_scratch(what.repository, what.scratch) as scratch:
+        selection = select(scratch, what.options)
+        plan = plan_git(scratch, selection, what.options)
+        branch = what.options.branch or what.repository.branch
+        nothing = build_manifest(what, plan, selection, {}, tree=None, branch=branch)
+        wanted = _survey(scratch, selection, nothing)
+        scan = what.guest.scan(what.guest_path)
+        if scan is None or wanted.keys() != {n for n, entry in scan.items() if not _is_dir(entry)}:
+            return None
+        refs = fetch_refs(what.guest, what.guest_path)
+        if (refs.head, refs.refs) != (plan.head, plan.refs):
+            return None
+        known = _find_known(what, nothing, wanted, scan, scratch)
+        if any(known[n][:2] != (want.mode, want.oid) for n, want in wanted.items()):
+            return None
+        what = replace(what, manifest=nothing)
+        return _Update(what, scratch, selection, plan, refs, known, scan, moved=False).send(wanted)
 
 
 def _survey(scratch: Scratch, selection: Selection, manifest: Manifest) -> dict[bytes, PackedFile]:
