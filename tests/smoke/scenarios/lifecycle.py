@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.smoke import guests
 from tests.smoke.calls import banger, expect
-from tests.smoke.census import take_census, vmm_processes
+from tests.smoke.census import STATE, take_census, vmm_processes
 from tests.smoke.registry import scenario
 
 
@@ -14,6 +14,7 @@ def vm_lifecycle() -> None:
         record = guests.show(vm)
         expect(record["state"] == "running", f"after create it is {record['state']}")
         expect(record["vmm"] == "firecracker", f"the VMM is {record['vmm']}")
+        _check_disk(record["id"])
         banger("vm", "exec", vm, "--", "sh", "-c", "echo kept > /root/data")
         pid = guests.vmm_pid(vm)
         banger("vm", "stop", vm)
@@ -25,6 +26,16 @@ def vm_lifecycle() -> None:
         expect(after["boot_id"] not in (None, record["boot_id"]), "the boot id is the old one")
         out = banger("vm", "ssh", vm, "--", "cat /root/data; hostname")
         expect(out == f"kept\n{vm}\n", f"ssh gave {out!r}")
+
+
+def _check_disk(vm_id: str) -> None:
+    """What one more VM takes of the host's disk, apart from what its guest has written."""
+    files = [path for path in (STATE / "vms" / vm_id).rglob("*") if path.is_file()]
+    taken = {path.name: path.stat().st_blocks * 512 for path in files}
+    print(f"taken of the disk: {taken}")
+    expect(taken["initrd.img"] <= 4096, "its initrd is still there, though the machine has it")
+    blank = [path.stat().st_blocks * 512 for path in (STATE / "templates").glob("*.ext4")]
+    expect(0 < 2 * max(blank) < 2_000_000, f"the blank disks take {blank}")
 
 
 @scenario("pure", "a second CPU and a bigger disk are there after restart; shrinking is refused",
