@@ -67,8 +67,8 @@ def stages() -> list[Stage]:
         Stage("go-test", ("go", "test", "-race", "./..."), AGENT, go=True),
         _python("unit", "pytest", "-n", "2", "tests/unit", "tests/property", "tests/contract"),
         _python("host", "pytest", "tests/host"),
-        # Each VM wants a processor of its own, so these go one after the other.
-        _python("boot", "pytest", "tests/boot", "--durations=5"),
+        # A VM wants a processor of its own, and a file's tests share what they have built.
+        _python("boot", "pytest", "-n", "2", "--dist", "loadfile", "tests/boot", "--durations=5"),
     ]
 
 

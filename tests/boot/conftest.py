@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from boot.installation import SMALL, Installation
+from host.namespace import find_obstacle, own_namespace
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,6 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.boot)
             item.add_marker(pytest.mark.timeout(300))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_network() -> Iterator[None]:
+    """Links and nft tables of this process's VMs are not those of another one beside it, nor of the
+    host. Whoever is not root makes none."""
+    if find_obstacle():
+        yield
+        return
+    with own_namespace():
+        yield
 
 
 @pytest.fixture(scope="session")
