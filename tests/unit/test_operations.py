@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import sessions as s
 from banger.api.records import VmRecord
+from banger.daemon import runs
 from banger.errors import BangerError
 from banger.rpc import client
 from banger.rpc import operations as table
@@ -309,6 +311,48 @@ def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -
     # It is there, and stays over the daemon's restart, until somebody deletes it.
     banger.restart()
     assert [vm.name for vm in banger.call("vm.list", {}, list[VmRecord])] == ["web"]
+    banger.call("vm.delete", p.VmRef(vm="web"))
+    assert banger.world.census() == EMPTY
+
+
+@pytest.mark.parametrize("rm", [False, True])
+def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
+    banger: Installation, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    """Its client has no connection yet, and hears that everything was given back."""
+    reached = threading.Event()
+
+    async def hang(*_: object, **__: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runs, "answer_with_agent", hang)
+    with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"), rm=rm)) as call:
+        assert reached.wait(10)
+        assert banger.call("vm.list", {}, list[VmRecord])[0].state == "running"
+        assert call.cancel() == ""
+    row = the_operation(banger, "vm.run")
+    assert (row.state, row.error and row.error.reason) == ("failed", "cancelled")
+    assert banger.world.census() == EMPTY
+
+
+def test_run_whose_vm_cannot_be_given_back_says_so(
+    banger: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = threading.Event()
+
+    async def hang(*_: object, **__: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runs, "answer_with_agent", hang)
+    with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"))) as call:
+        assert reached.wait(10)
+        banger.world.faults.fail("host.release")
+        ref = o.OperationRef(id=call.reply.op_id or "")
+        ended = banger.call("daemon.operations.cancel", ref, o.Operation)
+    assert (ended.state, ended.error and ended.error.reason) == ("unknown", "cancelled")
+    assert ended.error is not None and ended.error.hint == "banger vm list"
     banger.call("vm.delete", p.VmRef(vm="web"))
     assert banger.world.census() == EMPTY
 
