@@ -357,6 +357,31 @@ def test_run_whose_vm_cannot_be_given_back_says_so(
     assert banger.world.census() == EMPTY
 
 
+def test_restart_that_is_cancelled_after_the_stop_says_that_the_vm_does_not_run(
+    banger: Installation,
+) -> None:
+    create(banger)
+    reached = banger.world.faults.hang_elsewhere("driver.start")
+    with banger.ask("vm.restart", p.StartVm(vm="web")) as call:
+        assert reached.wait(10)
+        ref = o.OperationRef(id=call.reply.op_id or "")
+        ended = banger.call("daemon.operations.cancel", ref, o.Operation)
+        with pytest.raises(BangerError, match="VM web was stopped") as caught:
+            call.result(r.Outcome)
+    assert (ended.state, caught.value.outcome) == ("unknown", "unknown")
+    assert (caught.value.reason, caught.value.hint) == ("cancelled", "banger vm start web")
+    assert banger.call("vm.list", {}, list[VmRecord])[0].state == "stopped"
+
+
+def test_restart_whose_start_fails_says_that_the_vm_does_not_run(banger: Installation) -> None:
+    create(banger)
+    banger.world.driver.boots.append("dies")
+    with pytest.raises(BangerError, match="VM web was stopped") as caught:
+        banger.stream("vm.restart", p.StartVm(vm="web"))
+    assert caught.value.outcome == "unknown"
+    assert banger.call("vm.list", {}, list[VmRecord])[0].state == "stopped"
+
+
 def test_stop_cannot_be_cancelled_and_goes_on_without_its_client(banger: Installation) -> None:
     vm = create(banger)
     guest = banger.world.driver.guests[vm.id]
