@@ -382,6 +382,18 @@ def test_restart_whose_start_fails_says_that_the_vm_does_not_run(banger: Install
     assert banger.call("vm.list", {}, list[VmRecord])[0].state == "stopped"
 
 
+def test_daemon_that_ends_in_order_says_what_it_could_not_give_back(banger: Installation) -> None:
+    reached = banger.world.faults.hang_elsewhere("driver.start")
+    with banger.ask("vm.create", banger.world.params("web")) as call:
+        assert reached.wait(10)
+        banger.world.faults.fail("host.release")
+        banger.restart()
+        with pytest.raises(BangerError, match="could not all be given back") as caught:
+            call.result(VmRecord)
+    assert caught.value.outcome == "unknown"
+    assert the_operation(banger, "vm.create").state == "unknown"
+
+
 def test_stop_cannot_be_cancelled_and_goes_on_without_its_client(banger: Installation) -> None:
     vm = create(banger)
     guest = banger.world.driver.guests[vm.id]

@@ -280,7 +280,11 @@ class Server:
             log.info("%s cancelled", request.method)
             with contextlib.suppress(BangerError, TimeoutError):
                 async with asyncio.timeout(_FAREWELL_S):
-                    await call.fail(_cancelled(entry))
+                    # What could not be given back is in its own error. Of what was done all the
+                    # same nothing is told, so that its client takes it for what may have happened.
+                    if entry.state != "done":
+                        known = entry.error.exception() if entry.error else _cancelled(entry)
+                        await call.fail(known)
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
