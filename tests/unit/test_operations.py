@@ -518,3 +518,20 @@ def test_error_on_the_wire_names_its_outcome(banger: Installation) -> None:
     line = channel.read_line()
     channel.close()
     assert json.loads(line or b"")["error"]["outcome"] == "failed"
+
+
+def test_question_under_way_when_the_journal_is_rewritten_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes nothing, so no later daemon may say that it may have happened."""
+    journal = tmp_path / "operations.jsonl"
+    monkeypatch.setattr(table, "_MOST_LINES", 8)
+    operations = Operations(journal)
+    question = operations.begin("", "vm.logs", p.VmRef(vm="web"))
+    for _ in range(table._MOST_LINES):
+        operations.end(operations.begin("", "vm.stop", p.VmRef(vm="web")), "done")
+    operations.end(question, "done")
+    operations.close()
+    again = Operations(journal)
+    assert {row.kind for row in again.list()} == {"vm.stop"}
+    again.close()

@@ -241,6 +241,8 @@ class Operations:
         self.close()
         lines = []
         for e in self._entries.values():
+            if e.kind in REPEATABLE:
+                continue
             lines += [_begin_line(e)] if e.state == "running" else [_begin_line(e), _end_line(e)]
         try:
             write_atomic(self._journal, b"".join(msgspec.json.encode(x) + b"\n" for x in lines))
