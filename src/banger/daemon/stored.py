@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,18 +184,8 @@ async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRe
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
-    def refuse(kernel: KernelRecord) -> None:
-        users = [i.name for i in list_images(daemon.paths) if i.kernel_ref == kernel.name]
-        users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
-        if users:
-            raise BangerError(
-                "operation_failed",
-                f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
-                hint="banger image list",
-                reason="in_use",
-            )
-
     kernel = get_kernel(daemon.paths, params.name)
+    refuse = partial(given.refuse_kernel_in_use, daemon)
     refuse(kernel)
     await run_job(
         lambda job: delete_kernel(daemon.paths, kernel.name, job=job, refuse=refuse), call
