@@ -128,7 +128,8 @@ async def test_only_running_vms_that_were_not_touched_are_stale(world: World) ->
     used = msgspec.structs.replace(running, name="used", touched_at="2026-01-01T11:59:00.000Z")
     stopped = msgspec.structs.replace(running, name="stopped", state="stopped")
     paused = msgspec.structs.replace(running, name="paused", paused="full")
-    every = [running, used, stopped, paused]
+    building = msgspec.structs.replace(running, name="building", building=True)
+    every = [running, used, stopped, paused, building]
     assert idle.find_stale(every, now, 600) == [running]
     assert idle.find_stale(every, now, 3601) == []
     assert idle.find_stale(every, now, 0) == []

@@ -16,7 +16,7 @@ from banger.daemon import bootstrap, ships, stored
 from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
 from banger.rpc import frames
-from banger.store.vms import now_text
+from banger.vm import idle
 from banger.vm.create import check_create, create
 from banger.vm.handles import read_secrets
 from banger.vm.stop import delete
@@ -115,9 +115,9 @@ async def answer_with_agent(
     client = daemon.vms.client(vm)
     process = daemon.vms.handles[vm.id].process
     assert process is not None
+    vm = idle.touch(daemon.vms, vm)
     sock = await client.open()
     try:
-        vm = daemon.store.update(vm.id, touched_at=now_text())
         access = r.AgentAccess(
             vm=vm,
             token=read_secrets(daemon.vms.vm_paths(vm.id)).token,
