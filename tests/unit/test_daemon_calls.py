@@ -391,6 +391,20 @@ async def test_vms_outlive_the_daemon(banger: Running) -> None:
     assert banger.world.handles(vm) == before
 
 
+async def test_a_damaged_image_keeps_no_daemon_from_its_start(
+    banger: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its VMs run, and want to be stopped, whatever became of an image."""
+    await banger.create()
+    await banger.stop()
+    damaged = banger.world.paths.images / ("d" * 32)
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text('{"schema": 2}')
+    await banger.start()
+    assert f"reading the image manifest {damaged}" in caplog.text
+    await banger.call("vm.stop", p.StopVm(vm="web"))
+
+
 async def test_shutdown_is_refused_while_somebody_is_served(banger: Running) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
         other.connect(str(banger.socket))
