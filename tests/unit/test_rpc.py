@@ -112,6 +112,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
     methods = {
         "echo": method(echo),
+        "echo.stream": method(echo, streams=True),
         "refuse": method(refuse),
         "broken": method(broken),
         "full": method(full),
@@ -225,6 +226,22 @@ async def test_a_stream_delivers_events_and_data_in_order_before_its_result(
     data, result = await asyncio.to_thread(work)
     assert (data, result) == ([b"", b"x", b"xx"], 3)
     assert [e["stage"] for e in events] == ["s0", "s1", "s2"]
+
+
+@pytest.mark.asyncio
+async def test_a_result_that_fits_no_frame_is_an_error_that_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    params = {"text": "x" * frames.PAYLOAD_LIMIT}
+
+    def work() -> None:
+        with client.StreamingCall(server.path, "echo.stream", params, lambda _: None) as call:
+            call.result(dict)
+
+    with pytest.raises(BangerError, match="a frame holds") as caught:
+        await asyncio.to_thread(work)
+    assert caught.value.outcome == "unknown"
 
 
 @pytest.mark.asyncio

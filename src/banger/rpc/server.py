@@ -121,13 +121,14 @@ class Call:
     async def finish(self, result: Any, *, fds: tuple[int, ...] = ()) -> None:
         """Send the one answer. The descriptors stay the caller's to close."""
         await self.drain_events()
-        self.answered = True
         encoded = msgspec.json.encode(result)
         if self.streaming:
             message = frames.encode(FrameType.RESULT, encoded)
         else:
             reply = Reply(result=msgspec.Raw(encoded), op_id=self.op_id, fds=len(fds))
             message = msgspec.json.encode(reply) + b"\n"
+        # Not before: of one that does not fit the client hears an error instead.
+        self.answered = True
         if fds:
             await self.channel.write_with_fds(message, fds)
         else:
