@@ -6,11 +6,16 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from banger.api import params as p
 from banger.api.records import ImageRecord
 from banger.config.paths import Paths
+from banger.config.settings import Settings
+from banger.daemon import stored
 from banger.image import build_image, load_recipe
 from banger.progress import Silent
 
@@ -96,6 +101,7 @@ class BuildWorld:
         self.recipe = tmp_path / "small.toml"
         self.recipe.write_text(RECIPE.replace("{sha512}", "0" * 128))
         self.listener = Listener()
+        self.vms: list[Any] = []
 
     def write_program(self, name: str, text: str) -> None:
         (self.programs / name).write_text(text)
@@ -123,6 +129,17 @@ class BuildWorld:
             refresh=refresh,
             reserve_bytes=reserve_bytes,
         )
+
+    async def build_by_force(self, name: str = "small") -> ImageRecord:
+        """As `image build --force`, of a daemon that has the machines `vms`."""
+        daemon: Any = SimpleNamespace(
+            paths=self.paths,
+            settings=Settings(disk_reserve="1M"),
+            store=SimpleNamespace(list=lambda: self.vms),
+        )
+        call: Any = self.listener
+        wanted = p.BuildImage(name=name, recipe=str(self.recipe), force=True)
+        return await stored.image_build(daemon, call, wanted)
 
     def left_behind(self) -> list[str]:
         return [

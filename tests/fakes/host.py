@@ -87,7 +87,8 @@ class FakeHost:
             vm_id=plan.vm_id,
             tap=f"tap-fc-{plan.vm_id[:8]}",
             address=plan.guest_address,
-            cgroup=str(cgroup),
+            # What the installed helper makes of its own is of no use to the daemon, and not told.
+            cgroup=None if plan.jail else str(cgroup),
             bridge=plan.bridge_name,
             state="ready",
         )
@@ -115,8 +116,8 @@ class FakeHost:
             await kill_vmm(process, None)
         if plan is not None and plan.jail and self.jail_base is not None:
             remove_tree(self.jail_base / "firecracker" / plan.vm_id)
-        if status is not None and status.cgroup is not None:
-            self._kill(Path(status.cgroup))
+        if status is not None:
+            self._kill(self._cgroups / status.vm_id)
 
     def _kill(self, cgroup: Path) -> None:
         for word in (cgroup / "cgroup.procs").read_text().split():
@@ -144,8 +145,17 @@ class FakeHost:
             for name in sorted({s.bridge for s in self.leases.values()})
         )
         return HostStatus(
-            version=1, leases=tuple(self.leases.values()), bridges=bridges, problems=()
+            version=1,
+            leases=tuple(map(self._with_process, self.leases.values())),
+            bridges=bridges,
+            problems=(),
         )
+
+    def _with_process(self, status: LeaseStatus) -> LeaseStatus:
+        process = self.processes.get(status.id)
+        if process is None:
+            return status
+        return msgspec.structs.replace(status, pid=process.pid, start_time=process.start_time)
 
     async def aclose(self) -> None:
         """The helper ends; the leases stay."""

@@ -473,6 +473,20 @@ async def test_the_kernel_of_a_registered_image_goes_with_it(place: Place, tmp_p
 
 
 @needs_tools
+async def test_the_kernel_of_a_registered_image_stays_while_another_image_boots_with_it(
+    place: Place, tmp_path: Path
+) -> None:
+    kernel = place.file("vm/vmlinux", VMLINUX)
+    initrd = tmp_path / "base.img"
+    write_base_initrd(initrd, agent=kernel, modules=build_module_members({"a.ko": b"A"}))
+    await place.register(kernel_ref=None, kernel=str(kernel), initrd=str(initrd))
+    await place.register(name="other", kernel_ref="mine-kernel")
+    await stored.image_delete(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
+    assert find_image(place.daemon.paths, "mine") is None
+    assert find_kernel(place.daemon.paths, "mine-kernel") is not None
+
+
+@needs_tools
 async def test_a_distributions_initrd_is_refused_with_what_to_give_instead(place: Place) -> None:
     kernel = place.file("vm/vmlinux", VMLINUX)
     initrd = place.file("vm/initrd.img", b"070701" + b"0" * 104)

@@ -23,13 +23,16 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.config.settings import Settings
-from banger.daemon import clock
+from banger.daemon import clock, ships
 from banger.daemon import daemon as daemon_module
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
 from banger.errors import BangerError
+from banger.guest.client import GuestClient
 from banger.rpc import client
-from banger.rpc.server import Server
+from banger.rpc.server import Server, current_op
+from banger.session import sessions as session_service
+from banger.vm import idle
 from banger.vmm.probe import Verdict
 from fakes.world import EMPTY, World
 
@@ -118,6 +121,18 @@ async def banger(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await running.start()
     yield running
     await running.stop()
+
+
+def swapped(open_it: Any, first: Any, *, when: bool) -> Any:
+    """`GuestClient.open`, which for the first call of a client, if at all, is something else."""
+    turns = [first] if when else []
+
+    async def opened(client: GuestClient, **options: Any) -> Any:
+        if turns and current_op.get():  # not the daemon's own look
+            await turns.pop()()
+        return await open_it(client, **options)
+
+    return opened
 
 
 async def until(condition: Any) -> None:
@@ -376,6 +391,20 @@ async def test_vms_outlive_the_daemon(banger: Running) -> None:
     assert banger.world.handles(vm) == before
 
 
+async def test_a_damaged_image_keeps_no_daemon_from_its_start(
+    banger: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its VMs run, and want to be stopped, whatever became of an image."""
+    await banger.create()
+    await banger.stop()
+    damaged = banger.world.paths.images / ("d" * 32)
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text('{"schema": 2}')
+    await banger.start()
+    assert f"reading the image manifest {damaged}" in caplog.text
+    await banger.call("vm.stop", p.StopVm(vm="web"))
+
+
 async def test_shutdown_is_refused_while_somebody_is_served(banger: Running) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
         other.connect(str(banger.socket))
@@ -407,6 +436,40 @@ async def test_touched_vm_counts_as_used(banger: Running) -> None:
     banger.world.store.update(vm.id, touched_at="2026-01-01T00:00:00.000Z")
     touched = await banger.call("vm.touch", p.VmRef(vm="web"), VmRecord)
     assert touched.touched_at >= vm.touched_at
+
+
+@pytest.mark.parametrize("what", ["prepare", "session", "connect"])
+async def test_vm_is_not_stopped_as_unused_under_a_call_that_has_begun(
+    banger: Running, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The guest knows nothing of it as long as the host reads a repository, or connects."""
+    vm = await banger.create()
+    guest = banger.world.driver.guests[vm.id]
+    guest.answers["activity"] = {"result": {"streams": 0, "sessions": 0, "ssh": 0}}
+    vms = banger.daemon.vms
+    stale = vms.store.update(vm.id, touched_at="2026-01-01T00:00:00.000Z")
+    stopped: list[bool] = []
+
+    async def look(*_: Any, **__: Any) -> None:
+        # The sweep had listed it before the call began, and its turn comes in the middle.
+        stopped.append(await idle.stop_if_unused(vms, stale))
+        raise BangerError("operation_failed", "far enough")
+
+    monkeypatch.setattr(ships, "inspect", look)
+    monkeypatch.setattr(session_service, "start", look)
+    monkeypatch.setattr(
+        GuestClient, "open", swapped(GuestClient.open, look, when=what == "connect")
+    )
+    calls = {
+        "prepare": ("vm.workspace.prepare", {"vm": "web", "path": "/repo"}),
+        "session": ("vm.session.start", {"vm": "web", "name": "s", "argv": ["true"]}),
+        "connect": ("vm.connect", {"vm": "web"}),
+    }
+    method, params = calls[what]
+    with pytest.raises(BangerError, match="far enough"):
+        await (banger.stream if what == "prepare" else banger.call)(method, params)
+    assert stopped == [False]
+    assert banger.world.store.resolve("web").state == "running"
 
 
 async def test_guests_know_the_time_before_a_request_is_answered(

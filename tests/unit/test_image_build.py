@@ -8,11 +8,14 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from banger.errors import BangerError
 from banger.image import (
+    build,
     check_image_files,
     delete_image,
     ensure_image,
@@ -148,6 +151,38 @@ async def test_a_build_that_would_fill_the_disk_starts_nothing(world: BuildWorld
         await world.build(reserve_bytes=900 * TIB)
     assert caught.value.reason == "disk_full"
     assert world.calls == 0
+
+
+async def test_an_image_that_is_built_by_force_stays_until_there_is_another(
+    world: BuildWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the other one does not fit on the disk."""
+    first = await world.build()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise BangerError("operation_failed", "no room", reason="disk_full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "require_space", full)
+        with pytest.raises(BangerError, match="no room"):
+            await world.build_by_force()
+    assert list_images(world.paths) == (first,)
+    second = await world.build_by_force()
+    assert second.id != first.id
+    assert list_images(world.paths) == (second,)
+
+
+async def test_an_image_that_got_a_vm_meanwhile_is_not_replaced(world: BuildWorld) -> None:
+    first = await world.build()
+    world.switch("hold", on=True)
+    world.recipe.write_text(world.recipe.read_text() + "# another one\n")
+    building = asyncio.create_task(world.build_by_force())
+    await asyncio.wait_for(world.listener.began.wait(), 10)
+    world.vms = [SimpleNamespace(name="web", image_id=first.id)]
+    world.switch("hold", on=False)
+    with pytest.raises(BangerError, match="used by web"):
+        await building
+    assert list_images(world.paths) == (first,)
 
 
 async def test_ensure_takes_what_is_there(world: BuildWorld) -> None:

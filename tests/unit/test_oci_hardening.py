@@ -43,6 +43,8 @@ import pytest
 from banger import zstd
 from banger.disk.background import Job
 from banger.errors import BangerError
+from banger.oci.documents import ConfigFile, RunConfig, guest_config
+from banger.oci.errors import BadImage
 from banger.oci.layout import read_layout
 from banger.oci.merge import index_layers
 from oci_kit import (
@@ -262,3 +264,14 @@ def test_a_blob_that_was_changed_is_refused_wherever_it_is(
     with pytest.raises(BangerError) as caught:
         index_layers(read_layout(layout, None).layers, what="test", work=Job())
     assert caught.value.reason == "bad_image"
+
+
+@pytest.mark.parametrize("field", ["env", "cmd", "user"])
+def test_a_configuration_of_many_words_is_refused(field: str) -> None:
+    """It is kept with the image and listed with all others in one line, which has an end."""
+    long = "x" * ((128 << 10) + 1)
+    config = ConfigFile(config=RunConfig(**{field: long if field == "user" else (long,)}))
+    with pytest.raises(BadImage, match="its configuration has"):
+        guest_config(config, digest="", reference="")
+    most = RunConfig(env=("PATH=/bin", "x" * 100_000))
+    assert guest_config(ConfigFile(config=most), digest="", reference="").env[0] == "PATH=/bin"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import sessions as s
 from banger.api.records import VmRecord
+from banger.daemon import runs
 from banger.errors import BangerError
 from banger.rpc import client
 from banger.rpc import operations as table
@@ -313,6 +315,85 @@ def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -
     assert banger.world.census() == EMPTY
 
 
+@pytest.mark.parametrize("rm", [False, True])
+def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
+    banger: Installation, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    """Its client has no connection yet, and hears that everything was given back."""
+    reached = threading.Event()
+
+    async def hang(*_: object, **__: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runs, "answer_with_agent", hang)
+    with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"), rm=rm)) as call:
+        assert reached.wait(10)
+        assert banger.call("vm.list", {}, list[VmRecord])[0].state == "running"
+        assert call.cancel() == ""
+    row = the_operation(banger, "vm.run")
+    assert (row.state, row.error and row.error.reason) == ("failed", "cancelled")
+    assert banger.world.census() == EMPTY
+
+
+def test_run_whose_vm_cannot_be_given_back_says_so(
+    banger: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = threading.Event()
+
+    async def hang(*_: object, **__: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runs, "answer_with_agent", hang)
+    with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"))) as call:
+        assert reached.wait(10)
+        banger.world.faults.fail("host.release")
+        ref = o.OperationRef(id=call.reply.op_id or "")
+        ended = banger.call("daemon.operations.cancel", ref, o.Operation)
+    assert (ended.state, ended.error and ended.error.reason) == ("unknown", "cancelled")
+    assert ended.error is not None and ended.error.hint == "banger vm list"
+    banger.call("vm.delete", p.VmRef(vm="web"))
+    assert banger.world.census() == EMPTY
+
+
+def test_restart_that_is_cancelled_after_the_stop_says_that_the_vm_does_not_run(
+    banger: Installation,
+) -> None:
+    create(banger)
+    reached = banger.world.faults.hang_elsewhere("driver.start")
+    with banger.ask("vm.restart", p.StartVm(vm="web")) as call:
+        assert reached.wait(10)
+        ref = o.OperationRef(id=call.reply.op_id or "")
+        ended = banger.call("daemon.operations.cancel", ref, o.Operation)
+        with pytest.raises(BangerError, match="VM web was stopped") as caught:
+            call.result(r.Outcome)
+    assert (ended.state, caught.value.outcome) == ("unknown", "unknown")
+    assert (caught.value.reason, caught.value.hint) == ("cancelled", "banger vm start web")
+    assert banger.call("vm.list", {}, list[VmRecord])[0].state == "stopped"
+
+
+def test_restart_whose_start_fails_says_that_the_vm_does_not_run(banger: Installation) -> None:
+    create(banger)
+    banger.world.driver.boots.append("dies")
+    with pytest.raises(BangerError, match="VM web was stopped") as caught:
+        banger.stream("vm.restart", p.StartVm(vm="web"))
+    assert caught.value.outcome == "unknown"
+    assert banger.call("vm.list", {}, list[VmRecord])[0].state == "stopped"
+
+
+def test_daemon_that_ends_in_order_says_what_it_could_not_give_back(banger: Installation) -> None:
+    reached = banger.world.faults.hang_elsewhere("driver.start")
+    with banger.ask("vm.create", banger.world.params("web")) as call:
+        assert reached.wait(10)
+        banger.world.faults.fail("host.release")
+        banger.restart()
+        with pytest.raises(BangerError, match="could not all be given back") as caught:
+            call.result(VmRecord)
+    assert caught.value.outcome == "unknown"
+    assert the_operation(banger, "vm.create").state == "unknown"
+
+
 def test_stop_cannot_be_cancelled_and_goes_on_without_its_client(banger: Installation) -> None:
     vm = create(banger)
     guest = banger.world.driver.guests[vm.id]
@@ -437,3 +518,20 @@ def test_error_on_the_wire_names_its_outcome(banger: Installation) -> None:
     line = channel.read_line()
     channel.close()
     assert json.loads(line or b"")["error"]["outcome"] == "failed"
+
+
+def test_question_under_way_when_the_journal_is_rewritten_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes nothing, so no later daemon may say that it may have happened."""
+    journal = tmp_path / "operations.jsonl"
+    monkeypatch.setattr(table, "_MOST_LINES", 8)
+    operations = Operations(journal)
+    question = operations.begin("", "vm.logs", p.VmRef(vm="web"))
+    for _ in range(table._MOST_LINES):
+        operations.end(operations.begin("", "vm.stop", p.VmRef(vm="web")), "done")
+    operations.end(question, "done")
+    operations.close()
+    again = Operations(journal)
+    assert {row.kind for row in again.list()} == {"vm.stop"}
+    again.close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import errno
+import fcntl
 import os
 import socket
+import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from hypothesis import strategies as st
 
 from banger.api.base import Params
 from banger.api.envelope import Reply
+from banger.disk.background import Job, run_job
 from banger.errors import BangerError
 from banger.rpc import client, frames
+from banger.rpc.blocking import BlockingChannel
 from banger.rpc.channel import Channel
 from banger.rpc.frames import FrameDecoder, FrameType
 from banger.rpc.server import Call, Method, Server
@@ -82,6 +87,19 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         finally:
             cancelled.set()
 
+    async def pour(call: Call, params: Echo) -> None:
+        send = call.data_sender()
+
+        def work(job: Job) -> None:
+            while True:
+                send(b"x" * frames.PAYLOAD_LIMIT)
+                job.check()
+
+        try:
+            await run_job(work, call)
+        finally:
+            cancelled.set()
+
     async def pipe(call: Call, params: Echo) -> None:
         a, b = socket.socketpair()
         b.sendall(b"hello")
@@ -94,11 +112,13 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
     methods = {
         "echo": method(echo),
+        "echo.stream": method(echo, streams=True),
         "refuse": method(refuse),
         "broken": method(broken),
         "full": method(full),
         "count": method(count, streams=True),
         "forever": method(forever),
+        "pour": method(pour, streams=True),
         "pipe": method(pipe),
         "pipe.stream": method(pipe, streams=True),
     }
@@ -113,6 +133,13 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     await server.close()
+
+
+def unread_bytes(channel: BlockingChannel) -> int:
+    """What lies in the client's socket: FIONREAD, ioctl_socket(2)."""
+    count = array.array("i", [0])
+    fcntl.ioctl(channel.fileno(), termios.FIONREAD, count)
+    return count[0]
 
 
 async def call(server: Server, method: str, params: dict[str, Any] | None = None) -> Any:
@@ -202,6 +229,22 @@ async def test_a_stream_delivers_events_and_data_in_order_before_its_result(
 
 
 @pytest.mark.asyncio
+async def test_a_result_that_fits_no_frame_is_an_error_that_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "__version__", "1")
+    params = {"text": "x" * frames.PAYLOAD_LIMIT}
+
+    def work() -> None:
+        with client.StreamingCall(server.path, "echo.stream", params, lambda _: None) as call:
+            call.result(dict)
+
+    with pytest.raises(BangerError, match="a frame holds") as caught:
+        await asyncio.to_thread(work)
+    assert caught.value.outcome == "unknown"
+
+
+@pytest.mark.asyncio
 @pytest.mark.timeout(5)
 async def test_a_client_that_leaves_cancels_its_handler(
     server: Server, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +256,35 @@ async def test_a_client_that_leaves_cancels_its_handler(
         await asyncio.sleep(0)
     channel.close()
     await server.cancelled.wait()  # type: ignore[attr-defined]  # set by the handler
+
+
+@pytest.mark.asyncio
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("ended_by", ["operations", "server"])
+async def test_a_client_that_does_not_read_keeps_no_thread_from_its_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    """As one that was stopped, or whose pager waits for a key."""
+    monkeypatch.setattr(client, "__version__", "1")
+    channel = client.connect(server.path)
+    channel.write_document({"version": 1, "method": "pour", "params": {}})
+    while not (await asyncio.to_thread(unread_bytes, channel)) > 64 << 10:
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        if ended_by == "server":
+            await server.close()
+        else:
+            (entry,) = server.operations._entries.values()
+            entry.cancel()
+            async for _ in entry.follow():
+                pass
+        await server.cancelled.wait()  # type: ignore[attr-defined]  # set by the handler
+    # What it reads now are whole frames or the end, nothing in the middle of one.
+    channel.sock.settimeout(5)
+    assert await asyncio.to_thread(channel.read_line) is not None
+    while (frame := await asyncio.to_thread(channel.read_frame)) is not None:
+        assert frame[0] is not FrameType.RESULT
+    channel.close()
 
 
 @pytest.mark.asyncio

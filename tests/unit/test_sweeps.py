@@ -128,7 +128,8 @@ async def test_only_running_vms_that_were_not_touched_are_stale(world: World) ->
     used = msgspec.structs.replace(running, name="used", touched_at="2026-01-01T11:59:00.000Z")
     stopped = msgspec.structs.replace(running, name="stopped", state="stopped")
     paused = msgspec.structs.replace(running, name="paused", paused="full")
-    every = [running, used, stopped, paused]
+    building = msgspec.structs.replace(running, name="building", building=True)
+    every = [running, used, stopped, paused, building]
     assert idle.find_stale(every, now, 600) == [running]
     assert idle.find_stale(every, now, 3601) == []
     assert idle.find_stale(every, now, 0) == []
@@ -376,6 +377,36 @@ async def test_figures_are_kept_in_the_record_and_nothing_else_changes(world: Wo
     assert after.stats.vmm_rss_bytes > 0
     assert after.stats.guest["load"] == [0.5, 0.1, 0.0]
     assert msgspec.structs.replace(after, stats=None) == before
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"result": {
+            "uptime_s": 3.5, "load": [0.5, 0.1, 0.0],
+            "memory": {"total_bytes": 1, "available_bytes": 1},
+            "filesystems": [{"path": "/x" * 100, "total_bytes": 1, "free_bytes": 1}] * 4000,
+        }},
+        {"result": {
+            "uptime_s": 3.5, "load": [0.5] * 100_000,
+            "memory": {"total_bytes": 1, "available_bytes": 1},
+        }},
+        {"error": {"code": "operation_failed", "message": "no" * 400_000}},
+    ],
+    ids=["filesystems", "load", "words"],
+)  # fmt: skip
+async def test_figures_of_a_guest_that_says_too_much_leave_the_record_small(
+    world: World, answer: dict[str, Any]
+) -> None:
+    """A list of all VMs is one line, and a line has an end: no guest may make it unreadable."""
+    vm = await world.create()
+    world.driver.guests[vm.id].answers["stats"] = answer
+    await sweeps(world).look(stale=False)
+    after = world.store.resolve(vm.id)
+    assert after.stats is not None
+    assert (after.stats.guest, bool(after.stats.guest_error)) == (None, True)
+    assert len(msgspec.json.encode(after)) < 4096
 
 
 @pytest.mark.asyncio

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from banger.api.params import SetVm
 from banger.errors import BangerError
 from banger.vm.change import change
 from banger.vm.stop import stop
+from fakes.faults import broken
 from fakes.world import World
 
 pytestmark = pytest.mark.asyncio
@@ -39,6 +42,38 @@ async def test_a_refused_nat_leaves_the_record_as_it_was(world: World) -> None:
     with pytest.raises(BangerError):
         await change(world.ctx, vm, SetVm(vm="web", nat=True, vcpu=2))
     assert world.store.resolve("web") == vm
+
+
+@pytest.mark.parametrize("nat", [True, False])
+async def test_nat_that_is_cancelled_half_way_is_what_it_was(world: World, nat: bool) -> None:
+    """A record that says less than the host does would leave a way out that nobody knows of."""
+    vm = await world.create(nat=not nat)
+    reached = world.faults.hang("host.prepare.reply")
+    changing = asyncio.create_task(change(world.ctx, vm, SetVm(vm="web", nat=nat)))
+    await reached.wait()
+    assert world.host.nat(vm.id) is nat
+    changing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await changing
+    assert (world.store.resolve("web").nat, world.host.nat(vm.id)) == (not nat, not nat)
+
+
+async def test_nat_that_cannot_be_recorded_is_what_it_was(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+
+    def fail(*_: object, **__: object) -> None:
+        raise broken("store.update")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "update", fail)
+        with pytest.raises(BangerError, match="store.update"):
+            await change(world.ctx, vm, SetVm(vm="web", nat=True))
+    assert not world.host.nat(vm.id)
+    lease = world.handles(vm).lease
+    assert lease is not None and not lease.nat
+    assert not world.store.resolve("web").nat
 
 
 async def test_nothing_to_change_is_refused(world: World) -> None:

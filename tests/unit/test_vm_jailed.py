@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from banger.errors import BangerError
+from banger.vm.handles import write_handles
 from banger.vm.stop import delete, stop
 from fakes.world import EMPTY, World
 
@@ -43,6 +45,26 @@ async def test_a_daemon_that_comes_back_adopts_a_jailed_vm(jailed: World) -> Non
     await jailed.crash()
     assert jailed.store.resolve("web").state == "running"
     assert jailed.census()["names"] == ["web"]
+    await delete(jailed.ctx, vm)
+
+
+@pytest.mark.parametrize("loss", ["missing", "damaged", "no process"])
+async def test_a_jailed_vm_whose_handles_are_lost_is_adopted_by_its_lease(
+    jailed: World, loss: str
+) -> None:
+    """Only the helper sees into a jail: what it launched there is what tells that the VM runs."""
+    vm = await jailed.create()
+    before, path = jailed.handles(vm), jailed.paths.vm(vm.id).handles
+    if loss == "missing":
+        path.unlink()
+    elif loss == "damaged":
+        path.write_bytes(b"{")
+    else:
+        write_handles(jailed.paths.vm(vm.id), msgspec.structs.replace(before, process=None))
+    await jailed.crash()
+    assert jailed.store.resolve("web").state == "running"
+    assert jailed.handles(vm) == before
+    assert jailed.alive(vm)
     await delete(jailed.ctx, vm)
 
 

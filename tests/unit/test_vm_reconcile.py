@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,6 +15,7 @@ from banger.errors import BangerError
 from banger.files import remove_tree
 from banger.host.lease import LeasePlan
 from banger.host.vmm_process import is_alive, kill_vmm
+from banger.vm import reconcile as reconcile_module
 from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.handles import write_handles
 from banger.vm.machines import began_after
@@ -349,3 +353,31 @@ async def test_announcement_is_believed_only_with_the_token_of_an_expected_vm(
         assert not future.done()
         assert await announce(socket, vm_id="a" * 32, token="secret")
         assert (await future).vm_id == "a" * 32
+
+
+async def test_leftovers_that_cannot_be_removed_keep_no_daemon_from_its_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As files that became root's: each is told, and everything else is done."""
+    vm = await world.create()
+    kept = [
+        world.paths.vms / f".delete-{'1' * 32}",
+        world.paths.vms / ("2" * 32),
+        world.paths.runtime / "vms" / ("3" * 12),
+    ]
+    for directory in kept:
+        directory.mkdir(parents=True)
+
+    def refuse(path: Path) -> None:
+        if path in kept:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / "f"))
+        remove_tree(path)
+
+    monkeypatch.setattr(reconcile_module, "remove_tree", refuse)
+    await world.crash()
+    assert is_live(world.ctx, vm)
+    done = await reconcile(world.ctx)
+    assert len(done.failures) == 3
+    assert all(any(str(directory) in failure for failure in done.failures) for directory in kept)
+    for directory in kept:
+        directory.rmdir()

@@ -17,12 +17,14 @@ import pytest
 
 from banger.api.records import VmRecord
 from banger.errors import BangerError
-from banger.host.vmm_process import is_alive, launch_vmm
+from banger.host.vmm_process import is_alive, kill_vmm, launch_vmm
 from banger.kernel.entries import get_kernel
+from banger.progress import Silent
 from banger.vm import create as create_module
 from banger.vm import start as start_module
 from banger.vm.cleanup import is_live
 from banger.vm.handles import write_handles
+from banger.vm.start import start
 from banger.vm.stop import delete, stop
 from fakes.driver import PANIC, Boot
 from fakes.faults import broken
@@ -587,3 +589,33 @@ async def test_vm_that_never_ran_gets_its_first_disks(world: World) -> None:
         await world.start(vm)
     world.paths.vm(vm.id).work.unlink()
     assert (await world.start(vm)).state == "running"
+
+
+async def end_unseen(world: World, vm: VmRecord) -> None:
+    """The machine ends, and whoever asks next is quicker than its watcher."""
+    process = world.handles(vm).process
+    assert process is not None
+    await kill_vmm(process, None)
+
+
+async def test_start_that_fails_after_an_unseen_end_leaves_no_row_that_says_running(
+    world: World,
+) -> None:
+    vm = await world.create()
+    async with world.ctx.locked(vm.id):
+        await end_unseen(world, vm)
+        world.driver.boots.append("dies")
+        with pytest.raises(BangerError, match="Kernel panic"):
+            await start(world.ctx, vm, Silent(), allow_overcommit=False)
+    assert world.store.resolve("web").state == "stopped"
+
+
+async def test_machine_that_ended_while_it_was_paused_is_not_paused_at_its_next_start(
+    world: World,
+) -> None:
+    vm = await world.create()
+    async with world.ctx.locked(vm.id):
+        vm = world.store.update(vm.id, paused="no room")
+        await end_unseen(world, vm)
+        vm = await start(world.ctx, vm, Silent(), allow_overcommit=False)
+    assert (vm.state, vm.paused) == ("running", None)

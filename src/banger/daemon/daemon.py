@@ -190,6 +190,16 @@ class Daemon:
         if all(values):
             self._git_identity = GitIdentity(name=values[0], email=values[1])
 
+    def _tidy_images(self) -> None:
+        """Remove what killed builds and replacements left. One image that is damaged, or written
+        by a newer banger, is no reason not to start: every VM would be out of reach."""
+        used = {vm.image_id for vm in self.store.list()}
+        try:
+            remove_abandoned_bases(self)
+            remove_shadowed(self.paths, used)
+        except (BangerError, OSError) as e:
+            log.warning("clearing up images: %s", e)
+
     async def _sweep(self) -> None:
         if self.host.privilege.kind != "service":
             return
@@ -214,8 +224,7 @@ class Daemon:
         await self.names.open()
         await asyncio.to_thread(sweep_leftovers, self.paths)
         await reconcile(self.vms)
-        remove_abandoned_bases(self)
-        remove_shadowed(self.paths, {vm.image_id for vm in self.store.list()})
+        self._tidy_images()
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.daemon import catalog
+from banger.disk.background import run_job
 from banger.errors import BangerError
+from banger.image.entries import list_images
 from banger.image.published import export_image
 from banger.image.register import check_rootfs, promote_image, refuse_existing, register_image
 from banger.kernel.build import build_kernel, plan_build
@@ -19,6 +23,7 @@ from banger.kernel.known import is_known_kernel
 from banger.kernel.published import export_kernel
 from banger.kernel.sources import plan_tarball
 from banger.names import check_entry_name
+from banger.progress import Silent
 
 if TYPE_CHECKING:
     from banger.api import catalog as c
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from banger.api.records import ImageRecord, KernelRecord
     from banger.daemon.daemon import Daemon
     from banger.rpc.server import Call
+
+log = logging.getLogger(__name__)
 
 _HINT = "banger image register --help"
 
@@ -107,10 +114,35 @@ async def refuse_unknown_kernel(daemon: Daemon, call: Call, kernel: str) -> None
 
 
 async def forget_kernel_of(daemon: Daemon, image: ImageRecord) -> None:
-    """Remove the kernel entry that was made for a registered image, which is gone."""
+    """Remove the kernel entry that was made for a registered image, which is gone.
+
+    One that others boot with stays.
+    """
     kernel = find_kernel(daemon.paths, image.kernel_ref)
-    if kernel is not None and kernel.source == _owner(image.name):
-        await asyncio.to_thread(delete_kernel, daemon.paths, kernel.name)
+    if kernel is None or kernel.source != _owner(image.name):
+        return
+    refuse = partial(refuse_kernel_in_use, daemon)
+    try:
+        await run_job(
+            lambda job: delete_kernel(daemon.paths, kernel.name, job=job, refuse=refuse), Silent()
+        )
+    except BangerError as e:
+        if e.reason != "in_use":
+            raise
+        log.info("%s; it stays when the image %s goes", e, image.name)
+
+
+def refuse_kernel_in_use(daemon: Daemon, kernel: KernelRecord) -> None:
+    """Raises BangerError, reason in_use, when an image or a VM boots with this kernel."""
+    users = [i.name for i in list_images(daemon.paths) if i.kernel_ref == kernel.name]
+    users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
+    if users:
+        raise BangerError(
+            "operation_failed",
+            f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
+            hint="banger image list",
+            reason="in_use",
+        )
 
 
 def _owner(image: str) -> str:

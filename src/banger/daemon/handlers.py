@@ -229,12 +229,32 @@ def _ended(vm: VmRecord) -> VmRecord:
 
 async def _restart(daemon: Daemon, call: Call, params: p.StartVm) -> r.Outcome:
     vm = daemon.store.resolve(params.vm)
+    ran = is_live(daemon.vms, vm)
     call.stage("stop", "stopping")
-    vm, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
-    _ended(vm)
-    outcome = await _start(
-        daemon, call, p.StartVm(vm=vm.id, allow_overcommit=params.allow_overcommit)
-    )
+    try:
+        vm, note = await daemon.vms.finish_alone(stop(daemon.vms, vm), f"stop {vm.name}")
+        _ended(vm)
+        try:
+            outcome = await _start(
+                daemon, call, p.StartVm(vm=vm.id, allow_overcommit=params.allow_overcommit)
+            )
+        except BangerError as e:
+            if ran and e.reason != "guest_not_ready":
+                # The start was rolled back; the stop happened all the same.
+                e.also.append(f"VM {vm.name} was stopped and does not run")
+                e.outcome = "unknown"
+            raise
+    except asyncio.CancelledError as e:
+        if not ran:
+            raise
+        raise BangerError(
+            "operation_failed",
+            f"restarting VM {vm.name}: cancelled; VM {vm.name} was stopped, as had been begun, and "
+            "not started again",
+            hint=f"banger vm start {vm.name}",
+            reason="cancelled",
+            outcome="unknown",
+        ) from e
     return r.Outcome(vm=outcome.vm, note=note or outcome.note)
 
 

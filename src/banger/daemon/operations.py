@@ -42,8 +42,7 @@ async def cancel(daemon: Daemon, call: Call, params: o.OperationRef) -> o.Operat
             hint=f"banger daemon operations show {entry.id}",
             reason="unsupported",
         )
-    if entry.task is not None:
-        entry.task.cancel()
+    entry.cancel()
     async for _ in entry.follow():
         pass
     return entry.record()

@@ -16,10 +16,11 @@ from banger.daemon import bootstrap, ships, stored
 from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
 from banger.rpc import frames
-from banger.store.vms import now_text
+from banger.vm import idle
 from banger.vm.create import check_create, create
 from banger.vm.handles import read_secrets
 from banger.vm.stop import delete
+from banger.vm.undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,35 +51,36 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     call.operation.target = vm.name
     if owner is not None:
         daemon.guard(vm.id, ProcessRef(pid=owner.pid, start_time=owner.start_time))
-    try:
-        workspace, files, size = None, 0, 0
-        if shipment is not None:
-            call.stage("workspace", "copying the repository", shipment.guest_path)
-            workspace, files, size = await ships.ship(daemon, vm, shipment, call)
-            vm = daemon.store.update(vm.id, workspace=workspace)
-            if tools is not None:
-                vm = await bootstrap.begin(daemon, vm, shipment, tools, call)
+    async with Undo() as undo:
+        # Until its client has the connection: who leaves earlier is told that nothing is left.
+        undo.push(f"VM {vm.name}", lambda: delete(daemon.vms, vm, kill_it=True))
+        try:
+            workspace, files, size = None, 0, 0
+            if shipment is not None:
+                call.stage("workspace", "copying the repository", shipment.guest_path)
+                workspace, files, size = await ships.ship(daemon, vm, shipment, call)
+                vm = daemon.store.update(vm.id, workspace=workspace)
+                if tools is not None:
+                    vm = await bootstrap.begin(daemon, vm, shipment, tools, call)
 
-        def answer(access: r.AgentAccess) -> r.RunResult:
-            return r.RunResult(
-                vm=access.vm,
-                access=access,
-                workspace=workspace,
-                files=files,
-                bytes=size,
-                image_config=image.oci,
-            )
+            def answer(access: r.AgentAccess) -> r.RunResult:
+                return r.RunResult(
+                    vm=access.vm,
+                    access=access,
+                    workspace=workspace,
+                    files=files,
+                    bytes=size,
+                    image_config=image.oci,
+                )
 
-        await answer_with_agent(daemon, call, vm, answer, subdirectory=_below(shipment))
-    except BangerError as e:
-        if params.rm:
-            await daemon.vms.finish_alone(
-                delete(daemon.vms, vm, kill_it=True), "delete after failure"
-            )
-        else:
-            e.also.append(f"VM {vm.name} was created and still runs")
-            e.outcome = "unknown"
-        raise
+            await answer_with_agent(daemon, call, vm, answer, subdirectory=_below(shipment))
+        except BangerError as e:
+            if not params.rm:
+                undo.keep()
+                e.also.append(f"VM {vm.name} was created and still runs")
+                e.outcome = "unknown"
+            raise
+        undo.keep()
 
 
 def _below(shipment: ships.Shipment | None) -> str | None:
@@ -113,9 +115,9 @@ async def answer_with_agent(
     client = daemon.vms.client(vm)
     process = daemon.vms.handles[vm.id].process
     assert process is not None
+    vm = idle.touch(daemon.vms, vm)
     sock = await client.open()
     try:
-        vm = daemon.store.update(vm.id, touched_at=now_text())
         access = r.AgentAccess(
             vm=vm,
             token=read_secrets(daemon.vms.vm_paths(vm.id)).token,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from banger.api import results as r
 from banger.session import sessions
-from banger.store.vms import now_text
+from banger.vm import idle
 
 if TYPE_CHECKING:
     from banger.api import params as p
@@ -34,22 +34,20 @@ async def find_commands(daemon: Daemon, call: Call, params: p.FindCommands) -> r
         BangerError: not_found, naming every program that the guest lacks.
     """
     vm, client = _guest(daemon, params.vm)
+    vm = idle.touch(daemon.vms, vm)
     workspace = vm.workspace.guest_path if vm.workspace else None
-    place = await daemon.vms.while_running(
+    return await daemon.vms.while_running(
         vm,
         sessions.find_place(
             client, vm.name, params.names, cwd=params.cwd, workspace=workspace, user=params.user
         ),
     )
-    daemon.store.update(vm.id, touched_at=now_text())
-    return place
 
 
 async def start(daemon: Daemon, call: Call, params: StartSession) -> Session:
     vm, client = _guest(daemon, params.vm)
-    session = await daemon.vms.while_running(vm, sessions.start(client, vm.name, params))
-    daemon.store.update(vm.id, touched_at=now_text())
-    return session
+    vm = idle.touch(daemon.vms, vm)
+    return await daemon.vms.while_running(vm, sessions.start(client, vm.name, params))
 
 
 async def list_sessions(daemon: Daemon, call: Call, params: p.VmRef) -> list[Session]:

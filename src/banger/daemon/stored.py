@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,10 +131,6 @@ async def _bootstrap(
             hint="banger image build --help",
         )
     await confinement.refuse_build(daemon.paths, loaded, params.name, extras)
-    if existing is not None:
-        # The old one goes when there is another.
-        await build.build_artefact(daemon.paths, loaded, reporter=call, extras=extras)
-        await container_images.remove_image(daemon, existing.id, call)
     return await build.build_image(
         daemon.paths,
         loaded,
@@ -141,6 +138,8 @@ async def _bootstrap(
         reporter=call,
         extras=extras,
         kernel_ref=params.kernel_ref,
+        replaced=existing,
+        refuse=partial(container_images.refuse_in_use, daemon),
     )
 
 
@@ -183,18 +182,8 @@ async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRe
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
-    def refuse(kernel: KernelRecord) -> None:
-        users = [i.name for i in list_images(daemon.paths) if i.kernel_ref == kernel.name]
-        users += [vm.name for vm in daemon.store.list() if vm.kernel == kernel.name]
-        if users:
-            raise BangerError(
-                "operation_failed",
-                f"kernel {kernel.name} is used by {', '.join(sorted(set(users)))}",
-                hint="banger image list",
-                reason="in_use",
-            )
-
     kernel = get_kernel(daemon.paths, params.name)
+    refuse = partial(given.refuse_kernel_in_use, daemon)
     refuse(kernel)
     await run_job(
         lambda job: delete_kernel(daemon.paths, kernel.name, job=job, refuse=refuse), call

@@ -15,6 +15,7 @@ from banger.daemon import ships
 from banger.errors import BangerError
 from banger.rpc import frames
 from banger.store.vms import now_text
+from banger.vm import idle
 from banger.workspace.export import (
     Exported,
     Source,
@@ -43,6 +44,7 @@ async def prepare(daemon: Daemon, call: Call, params: w.PrepareWorkspace) -> w.P
     """Put a repository into a running guest, or bring it up to date there."""
     vm = daemon.store.resolve(params.vm)
     daemon.vms.client(vm)  # refused before anything is read when the VM does not run
+    vm = idle.touch(daemon.vms, vm)
     call.stage("inspect", "inspecting the repository", params.path or "")
     shipment = await _shipment(daemon, vm, params)
     async with ships.workspace_lock(daemon, vm):
@@ -195,6 +197,7 @@ def _place(daemon: Daemon, ref: str, guest_path: str | None) -> tuple[VmRecord, 
     """A running VM and the directory that is meant. Raises BangerError."""
     vm = daemon.store.resolve(ref)
     daemon.vms.client(vm)
+    vm = idle.touch(daemon.vms, vm)
     if guest_path is not None:
         return vm, ships.check_guest_path(guest_path, anywhere=True)
     return vm, vm.workspace.guest_path if vm.workspace is not None else ships.DEFAULT_PATH

@@ -74,10 +74,12 @@ class Filesystem(Wire, frozen=True, kw_only=True):
 
 
 class GuestStats(Wire, frozen=True, kw_only=True):
+    """They are kept in the VM's record, so they have an end: an agent has a few filesystems."""
+
     uptime_s: float
-    load: tuple[float, ...]
+    load: tuple[float, float, float]
     memory: Memory
-    filesystems: tuple[Filesystem, ...] = ()
+    filesystems: Annotated[tuple[Filesystem, ...], msgspec.Meta(max_length=16)] = ()
 
 
 class Activity(Wire, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -76,7 +77,8 @@ class Calls:
         if op_id := op_id or current_op.get():
             request["op_id"] = op_id
         line = msgspec.json.encode(request) + b"\n"
-        task = asyncio.create_task(self._exchange(method, line))
+        lease = str(params.get("vm_id") or params.get("id") or "")
+        task = asyncio.create_task(self._exchange(method, line, lease))
         self._calls.add(task)
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
@@ -86,7 +88,7 @@ class Calls:
         while self._calls:
             await asyncio.wait(self._calls)
 
-    async def _exchange(self, method: str, line: bytes) -> bytes:
+    async def _exchange(self, method: str, line: bytes, lease: str) -> bytes:
         raise NotImplementedError
 
     def _forget(self, task: asyncio.Task[bytes]) -> None:
@@ -97,13 +99,25 @@ class Calls:
 
 
 class HelperService(Calls):
-    """The installed helper, behind its socket; calls go side by side."""
+    """The installed helper, behind its socket; calls go side by side, those about one lease in the
+    order in which they were made.
+
+    A call whose caller was cancelled goes on, and a release must not overtake its prepare.
+    """
 
     def __init__(self, socket: Path) -> None:
         super().__init__()
         self._socket = socket
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def _exchange(self, method: str, line: bytes) -> bytes:
+    async def _exchange(self, method: str, line: bytes, lease: str) -> bytes:
+        if not lease:
+            return await self._ask(method, line)
+        turn = self._turns.setdefault(lease, asyncio.Lock())
+        async with turn:
+            return await self._ask(method, line)
+
+    async def _ask(self, method: str, line: bytes) -> bytes:
         doing = f"asking the root helper to {method}"
         try:
             reader, writer = await asyncio.open_unix_connection(self._socket, limit=_LINE_LIMIT)
@@ -157,7 +171,7 @@ class Helper(Calls):
         async with self._lock:
             await self._drop()
 
-    async def _exchange(self, method: str, line: bytes) -> bytes:
+    async def _exchange(self, method: str, line: bytes, lease: str) -> bytes:
         async with self._lock:
             child = self._child
             if child is not None and (child.reader.at_eof() or child.program.poll() is not None):

@@ -102,7 +102,10 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One lease in the ledger. `state`: `making`, `ready` or `releasing`."""
+    """One lease in the ledger. `state`: `making`, `ready` or `releasing`.
+
+    `pid` and `start_time` are of what the helper launched in it, which may have ended since.
+    """
 
     id: LeaseId
     vm_id: str
@@ -111,6 +114,8 @@ class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str | None
     bridge: str
     state: str
+    pid: int | None = None
+    start_time: int | None = None
 
 
 class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,6 +32,8 @@ MOST_DOCUMENT_BYTES = 4 << 20
 _MOST_LAYERS = 1000
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MOST_VOLUMES = 256
+# Of all that a program would be started with; no single string may be longer (execve(2)).
+_MOST_WORDS_BYTES = 128 << 10
 
 D = TypeVar("D", bound="Document")
 
@@ -224,7 +226,7 @@ def guest_config(config: ConfigFile, *, digest: str, reference: str) -> ImageCon
     """The part of a configuration that a guest honours.
 
     Raises:
-        BadImage: a string that no program could be started with, or too many volumes.
+        BadImage: a string that no program could be started with, too many of them or of volumes.
     """
     run = config.config or RunConfig()
     volumes = tuple(run.volumes or ())
@@ -244,4 +246,7 @@ def guest_config(config: ConfigFile, *, digest: str, reference: str) -> ImageCon
     words = (*made.env, made.user, made.workdir, *made.entrypoint, *made.cmd, *volumes)
     if any("\0" in word for word in words):
         raise BadImage("its configuration holds a NUL byte")
+    size = sum(len(word.encode(errors="replace")) for word in words)
+    if size > _MOST_WORDS_BYTES:
+        raise BadImage(f"its configuration has {size} bytes of words, {_MOST_WORDS_BYTES} at most")
     return made

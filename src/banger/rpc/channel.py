@@ -49,6 +49,8 @@ class Channel:
         self._sock = sock
         self._buffer = bytearray()
         self._write = asyncio.Lock()
+        self._cut = False
+        """A write was cancelled, perhaps in the middle: what came after it would be misread."""
 
     async def _fill(self) -> bool:
         try:
@@ -105,10 +107,18 @@ class Channel:
             BangerError: operation_failed, reason connection_lost.
         """
         async with self._write:
-            try:
-                await asyncio.get_running_loop().sock_sendall(self._sock, data)
-            except OSError as e:
-                raise connection_lost("sending to the peer") from e
+            await self._send(data)
+
+    async def _send(self, data: bytes) -> None:
+        if self._cut:
+            raise connection_lost("sending to the peer")
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+        except OSError as e:
+            raise connection_lost("sending to the peer") from e
+        except asyncio.CancelledError:
+            self._cut = True
+            raise
 
     async def write_document(self, document: msgspec.Struct | dict[str, object]) -> None:
         await self.write(msgspec.json.encode(document) + b"\n")
@@ -119,21 +129,18 @@ class Channel:
     async def write_with_fds(self, data: bytes, fds: Sequence[int]) -> None:
         """Send bytes; the first carries descriptors (SCM_RIGHTS, unix(7)). Raises as `write`."""
         async with self._write:
-            loop = asyncio.get_running_loop()
             sent = 0
             while not sent:
+                if self._cut:
+                    raise connection_lost("sending to the peer")
                 try:
                     sent = socket.send_fds(self._sock, [data], list(fds))
                 except BlockingIOError:
                     await _writable(self._sock)
                 except OSError as e:
                     raise connection_lost("sending to the peer") from e
-            if sent == len(data):
-                return
-            try:
-                await loop.sock_sendall(self._sock, data[sent:])
-            except OSError as e:
-                raise connection_lost("sending to the peer") from e
+            if sent < len(data):
+                await self._send(data[sent:])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -26,7 +26,7 @@ from banger.files import write_atomic
 from banger.rpc.outcomes import daemon_ended, target_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Entry:
         self.finishes = finishes
         self.detached = False
         self.task: asyncio.Future[Any] | None = None
+        self.on_cancel: Callable[[], None] | None = None
         self.state: OperationState = "running"
         self.ended: float | None = None
         self.result: Any | None = None
@@ -92,8 +93,15 @@ class Entry:
     ) -> None:
         self.state, self.ended, self.result, self.error = state, at, result, error
         # With all that it reached, it would be kept as long as the operation is.
-        self.task = None
+        self.task = self.on_cancel = None
         self._wake()
+
+    def cancel(self) -> None:
+        """Cancel what carries it out; nothing when it has ended."""
+        if self.on_cancel is not None:
+            self.on_cancel()
+        if self.task is not None:
+            self.task.cancel()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -241,6 +249,8 @@ class Operations:
         self.close()
         lines = []
         for e in self._entries.values():
+            if e.kind in REPEATABLE:
+                continue
             lines += [_begin_line(e)] if e.state == "running" else [_begin_line(e), _end_line(e)]
         try:
             write_atomic(self._journal, b"".join(msgspec.json.encode(x) + b"\n" for x in lines))

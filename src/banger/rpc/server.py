@@ -8,6 +8,7 @@ operation id.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import logging
@@ -57,6 +58,9 @@ class Call:
         self.answered = False
         self._loop = asyncio.get_running_loop()
         self._pending: set[asyncio.Task[None]] = set()
+        self._given_up = False
+        self._sending: set[asyncio.Task[Any]] = set()
+        operation.on_cancel = self.give_up
 
     async def begin_stream(self) -> None:
         self.streaming = True
@@ -70,34 +74,61 @@ class Call:
 
     def data_sender(self) -> Callable[[bytes], None]:
         """What sends data from a worker thread, at the client's pace, in frames of any number."""
-        loop = asyncio.get_running_loop()
 
         def send(chunk: bytes) -> None:
             for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
                 piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
-                asyncio.run_coroutine_threadsafe(self.data(piece), loop).result()
+                self._send_from_thread(lambda piece=piece: self.data(piece))  # type: ignore[misc]
 
         return send
 
     def line_sender(self) -> Callable[[str], None]:
         """What shows a line of a program's output, from a worker thread, at the client's pace."""
-        loop = asyncio.get_running_loop()
 
         def send(line: str) -> None:
-            asyncio.run_coroutine_threadsafe(self.event({"output": line}), loop).result()
+            self._send_from_thread(lambda: self.event({"output": line}))
 
         return send
+
+    def _send_from_thread(self, send: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Wait in a worker thread until something is sent.
+
+        Raises:
+            BangerError: connection_lost; cancelled: the call is, and its client does not read.
+        """
+
+        async def sent() -> None:
+            if self._given_up:
+                raise asyncio.CancelledError
+            task = asyncio.ensure_future(send())
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+            await task
+
+        try:
+            asyncio.run_coroutine_threadsafe(sent(), self._loop).result()
+        except concurrent.futures.CancelledError as e:
+            raise BangerError(
+                "operation_failed", f"{self.operation.kind}: cancelled", reason="cancelled"
+            ) from e
+
+    def give_up(self) -> None:
+        """Wait for the client no more: a thread that does could not hear of a cancellation."""
+        self._given_up = True
+        for task in self._sending:
+            task.cancel()
 
     async def finish(self, result: Any, *, fds: tuple[int, ...] = ()) -> None:
         """Send the one answer. The descriptors stay the caller's to close."""
         await self.drain_events()
-        self.answered = True
         encoded = msgspec.json.encode(result)
         if self.streaming:
             message = frames.encode(FrameType.RESULT, encoded)
         else:
             reply = Reply(result=msgspec.Raw(encoded), op_id=self.op_id, fds=len(fds))
             message = msgspec.json.encode(reply) + b"\n"
+        # Not before: of one that does not fit the client hears an error instead.
+        self.answered = True
         if fds:
             await self.channel.write_with_fds(message, fds)
         else:
@@ -280,7 +311,11 @@ class Server:
             log.info("%s cancelled", request.method)
             with contextlib.suppress(BangerError, TimeoutError):
                 async with asyncio.timeout(_FAREWELL_S):
-                    await call.fail(_cancelled(entry))
+                    # What could not be given back is in its own error. Of what was done all the
+                    # same nothing is told, so that its client takes it for what may have happened.
+                    if entry.state != "done":
+                        known = entry.error.exception() if entry.error else _cancelled(entry)
+                        await call.fail(known)
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
@@ -347,6 +382,7 @@ class Server:
         finally:
             gone.cancel()
             if not handler.done() and not method.finishes:
+                call.give_up()
                 handler.cancel()
             # Its rollback is waited for, whoever asked for the end.
             await asyncio.gather(gone, handler, return_exceptions=True)

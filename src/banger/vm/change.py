@@ -12,7 +12,8 @@ from banger.faults import step
 from banger.units import format_size
 from banger.vm.cleanup import is_live
 from banger.vm.create import check_sizes
-from banger.vm.handles import write_handles
+from banger.vm.handles import Handles, write_handles
+from banger.vm.undo import Undo
 
 if TYPE_CHECKING:
     from banger.api.params import SetVm
@@ -65,26 +66,34 @@ async def change(ctx: VmContext, vm: VmRecord, params: SetVm) -> tuple[VmRecord,
             )
         live = is_live(ctx, vm)
         later = list(changes)
-        if params.nat is not None:
-            # First on the host: a record never promises a way out that is not there.
-            if live and not await _change_nat(ctx, vm, nat=params.nat):
-                later.append("nat")
-            changes["nat"] = params.nat
-        async with step("set.record"):
-            vm = ctx.store.update(vm.id, **changes)
+        async with Undo() as undo:
+            if params.nat is not None:
+                # First on the host: a record never promises a way out that is not there.
+                if live and not await _change_nat(ctx, vm, undo, nat=params.nat):
+                    later.append("nat")
+                changes["nat"] = params.nat
+            async with step("set.record"):
+                vm = ctx.store.update(vm.id, **changes)
+            undo.keep()
         return vm, tuple(later) if live else ()
 
 
-async def _change_nat(ctx: VmContext, vm: VmRecord, *, nat: bool) -> bool:
+async def _change_nat(ctx: VmContext, vm: VmRecord, undo: Undo, *, nat: bool) -> bool:
     """Open or close the way out of a running VM; False where only a start can (user network)."""
     handles = ctx.handles[vm.id]
     if handles.lease is None:
         return vm.nat == nat
+    # Nor is there one that no record knows of, when it is cancelled or cannot be written down.
+    undo.push("the change of NAT", lambda: _hold(ctx, vm, handles))
     lease = msgspec.structs.replace(handles.lease, nat=nat)
+    await _hold(ctx, vm, msgspec.structs.replace(handles, lease=lease))
+    return True
+
+
+async def _hold(ctx: VmContext, vm: VmRecord, handles: Handles) -> None:
+    assert handles.lease is not None
     async with step("set.lease"):
-        await ctx.host.prepare(lease)
+        await ctx.host.prepare(handles.lease)
     async with step("set.handles"):
-        handles = msgspec.structs.replace(handles, lease=lease)
         write_handles(ctx.vm_paths(vm.id), handles)
         ctx.handles[vm.id] = handles
-    return True

@@ -30,7 +30,10 @@ _ASK_S = 10.0
 
 
 def find_stale(vms: Iterable[VmRecord], now: datetime, after_s: float) -> list[VmRecord]:
-    """The running VMs whose last use is longer ago than `after_s`; none where that is 0."""
+    """The running VMs whose last use is longer ago than `after_s`; none where that is 0.
+
+    The machine of a build is its call's, also while that is at work on the host.
+    """
     if after_s <= 0:
         return []
     limit = now - timedelta(seconds=after_s)
@@ -39,6 +42,7 @@ def find_stale(vms: Iterable[VmRecord], now: datetime, after_s: float) -> list[V
         for vm in vms
         if vm.state == "running"
         and vm.paused is None
+        and not vm.building
         and vm.touched_at
         and datetime.fromisoformat(vm.touched_at) < limit
     ]
@@ -68,5 +72,6 @@ async def stop_if_unused(ctx: VmContext, vm: VmRecord) -> bool:
 
 
 def touch(ctx: VmContext, vm: VmRecord) -> VmRecord:
-    """Note that somebody uses a VM now."""
+    """Note that somebody uses a VM now: before the first wait of what does so, during which the
+    guest knows nothing of it yet."""
     return ctx.store.update(vm.id, touched_at=now_text())

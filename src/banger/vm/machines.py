@@ -1,7 +1,7 @@
 """The machine of a VM, found on the host itself: for when what was recorded of it is lost.
 
-A machine is known by where it is: in the cgroup of the VM's lease, else by its working directory,
-which is the VM's own. Nothing here changes anything.
+A machine is known by the VM's lease: the root helper launched it there, or it is in the lease's
+cgroup; else by its working directory, which is the VM's own. Nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ def find_machine(paths: VmPaths, lease: LeaseStatus | None = None) -> ProcessRef
 
 
 def find_in_lease(lease: LeaseStatus | None) -> ProcessRef | None:
-    """The process in the cgroup of a lease, where a VMM is alone."""
-    if lease is None or lease.cgroup is None:
+    """The process that the helper launched in a lease, else the one in its cgroup, where a VMM is
+    alone."""
+    if lease is None:
+        return None
+    if lease.pid is not None and lease.start_time is not None:
+        launched = ProcessRef(pid=lease.pid, start_time=lease.start_time)
+        if is_alive(launched):
+            return launched
+    if lease.cgroup is None:
         return None
     try:
         words = (Path(lease.cgroup) / "cgroup.procs").read_text().split()

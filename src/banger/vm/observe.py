@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # A guest under load answers late; its figures are not worth more.
 _GUEST_S = 5.0
+_MOST_WORDS = 500
 _LEAST_ELAPSED_S = 0.5
 _CHUNK = 64 << 10
 _FOLLOW_S = 0.25
@@ -46,7 +47,8 @@ async def stats(ctx: VmContext, vm: VmRecord) -> VmStats:
         async with asyncio.timeout(_GUEST_S):
             guest = msgspec.to_builtins(await ctx.client(vm).stats())
     except BangerError as e:
-        problem = str(e)
+        # Perhaps in the guest's own words, and it is kept in the record.
+        problem = str(e)[:_MOST_WORDS]
     except TimeoutError:
         problem = f"the guest agent gave no figures within {_GUEST_S:g} s"
     now = datetime.now(UTC)

@@ -87,8 +87,7 @@ class _Reconciliation:
             await self._in_turn(vm.id)
         for aside in _list(ctx.paths.vms):
             if aside.name.startswith(ASIDE) and ctx.store.find(aside.name[len(ASIDE) :]) is None:
-                remove_tree(aside)
-                self._tell(f"removed what was left of a deleted VM in {aside}")
+                self._remove(aside, f"removed what was left of a deleted VM in {aside}")
         rows = {vm.id for vm in ctx.store.list()}
         for vm_id in ctx.undecided.keys() - rows:
             del ctx.undecided[vm_id]
@@ -108,6 +107,16 @@ class _Reconciliation:
     def _fail(self, what: str, failures: list[str]) -> None:
         if failures:
             self.failures.append(f"{what}: {'; '.join(failures)}")
+
+    def _remove(self, path: Path, done: str) -> None:
+        """Remove a directory of nobody's; one that cannot be (of root's, say) is told."""
+        try:
+            remove_tree(path)
+        except OSError as e:
+            log.warning("removing %s: %s", path, e)
+            self._fail(f"removing {path}", [e.strerror or str(e)])
+        else:
+            self._tell(done)
 
     async def _give_back(self, vm_id: str, handles: Handles | None) -> list[str]:
         self.given.add(vm_id)
@@ -301,14 +310,12 @@ class _Reconciliation:
                 "WARN",
             )
         else:
-            remove_tree(directory)
-            self._tell(f"removed the directory {directory}, which belonged to no VM")
+            self._remove(directory, f"removed the directory {directory}, which belonged to no VM")
 
     def _sockets_without_a_vm(self, path: Path) -> None:
         process = self.machines.get(path.name)
         if process is None or not is_alive(process):
-            remove_tree(path)
-            self._tell(f"removed the sockets in {path}, which belonged to no VM")
+            self._remove(path, f"removed the sockets in {path}, which belonged to no VM")
         elif not any(vm_id.startswith(path.name) for vm_id in self.ctx.undecided):
             self._leave(
                 path.name,

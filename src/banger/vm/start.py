@@ -342,7 +342,9 @@ async def _release(ctx: VmContext, vm: VmRecord) -> None:
         raise BangerError("operation_failed", text)
     now = ctx.store.find(vm.id)
     if now is not None and now.state == "running":
-        ctx.store.update(vm.id, state=vm.state, boot_id=None)
+        # Also where it was said before: then a machine had ended, and nobody watches any more.
+        before = "stopped" if vm.state == "running" else vm.state
+        ctx.store.update(vm.id, state=before, boot_id=None)
 
 
 async def _ready(
@@ -397,6 +399,7 @@ def _publish(
         provisional=vm.building,
         vmm=driver.name,
         boot_id=announcement.boot_id if announcement else None,
+        paused=None,
         files_synced=vm.files_synced or announcement is not None,
         last_error=None if announcement else "the guest agent did not announce itself in time",
         touched_at=now_text(),
