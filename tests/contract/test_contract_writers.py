@@ -38,7 +38,7 @@ _ALLOWED = {
     "banger/disk/background.py": (1, "a lock"),
     "banger/disk/blank.py": (5, "a template is synced before it is named, a longer disk at once"),
     "banger/disk/initrd.py": (2, _REMADE),
-    "banger/disk/squashfs_root.py": (1, "the owner in an image, which is synced before it is named"),
+    "banger/disk/squashfs_root.py": (1, "the owner in an image, synced before it is named"),
     "banger/doctor/leases.py": (1, "a lock"),
     "banger/faults.py": (1, "the mark of an order that was carried out, in tests"),
     "banger/host/helper.py": (1, "a log"),
