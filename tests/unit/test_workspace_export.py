@@ -340,3 +340,31 @@ def test_cut_stream_applies_nothing(guests: GuestHost, source: Path) -> None:
 def test_malformed_list_of_changes_is_refused(data: bytes) -> None:
     with pytest.raises(BangerError):
         read_changes(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("inside", [(), ("deep/er",)])
+def test_new_file_takes_the_place_of_an_empty_directory(
+    guests: GuestHost, source: Path, inside: tuple[str, ...]
+) -> None:
+    """What is said to be possible must not end in the middle."""
+    guests.prepare(source)
+    write(guests.path(), "build", "a file\n")
+    write(guests.path(), "zebra", "moved after it\n")
+    (source / "build").mkdir()
+    for name in inside:
+        (source / "build" / name).mkdir(parents=True)
+    assert not _apply(guests, source).conflicts
+    assert (source / "build").read_text() == "a file\n"
+    assert (source / "zebra").read_text() == "moved after it\n"
+
+
+def test_directory_that_fills_again_while_changes_come_is_a_conflict(
+    guests: GuestHost, source: Path
+) -> None:
+    guests.prepare(source)
+    write(guests.path(), "build", "a file\n")
+    write(source, "build/mine", "mine\n")
+    with pytest.raises(BangerError) as e:
+        _apply(guests, source)
+    assert e.value.reason == "conflict"
+    assert (source / "build/mine").read_text() == "mine\n"
