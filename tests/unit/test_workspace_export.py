@@ -368,3 +368,21 @@ def test_directory_that_fills_again_while_changes_come_is_a_conflict(
         _apply(guests, source)
     assert e.value.reason == "conflict"
     assert (source / "build/mine").read_text() == "mine\n"
+
+
+def test_repository_made_in_the_guest_is_not_replaced_by_a_file_of_the_host(
+    guests: GuestHost, source: Path
+) -> None:
+    """All else that is in that directory was shipped, and goes; its commits are nowhere else."""
+    guests.prepare(source)
+    inside = guests.path() / "sub"
+    git(inside, "init", "-q", "-b", "main")
+    kept = commit(inside)
+    git(source, "rm", "-q", "-r", "sub")
+    write(source, "sub", "a file now\n")
+    git(source, "add", "-A")
+    with pytest.raises(BangerError) as refused:
+        guests.prepare(source)
+    assert refused.value.reason == "changed_in_guest"
+    assert "sub/.git" in refused.value.message
+    assert head(inside) == kept
