@@ -14,6 +14,12 @@ import pytest
 from banger.errors import BangerError
 from banger.workspace.export import find_changes, open_source_ground
 from banger.workspace.landed import Applied, HostFacts, apply_changes, read_changes, write_changes
+from banger.workspace.manifest import (
+    accept_offer,
+    find_manifest,
+    write_manifest,
+    write_offer,
+)
 from banger.workspace.options import ShipOptions
 from fakes.guest_files import GuestHost, guest_host
 from workspace_kit import ENVIRONMENT, commit, git, head, make_repository, status, write
@@ -386,3 +392,18 @@ def test_repository_made_in_the_guest_is_not_replaced_by_a_file_of_the_host(
     assert refused.value.reason == "changed_in_guest"
     assert "sub/.git" in refused.value.message
     assert head(inside) == kept
+
+
+def test_offer_made_before_another_prepare_changes_nothing(
+    guests: GuestHost, source: Path, tmp_path: Path
+) -> None:
+    """Between a client that applies and its word that it has, another may have prepared again."""
+    first = guests.prepare(source).manifest
+    write_manifest(tmp_path, first)
+    offer = write_offer(tmp_path, first)
+    write(source, "file", "newer\n")
+    commit(source)
+    second = guests.prepare(source).manifest
+    write_manifest(tmp_path, second)
+    assert not accept_offer(tmp_path, first.workspace.guest_path, offer)
+    assert find_manifest(tmp_path, first.workspace.guest_path) == second
