@@ -178,6 +178,12 @@ async def test_pull_of_a_catalog_name_goes_before_references(
     assert await pull_it(reference="mine:1.0") == "reference"
     with pytest.raises(BangerError, match="names its kernel itself"):
         await pull_it(reference="mine", kernel_ref="k")
+    # Whoever keeps the index from being read does not choose where its images come from.
+    place.web.replaced["index.json"] = b"{}"
+    with pytest.raises(BangerError, match="signature"):
+        await pull_it(reference="mine", force=True)
+    assert await pull_it(reference="mine:1.0") == "reference"
+    place.web.replaced.clear()
     place.vms = [
         SimpleNamespace(name="web", image_id=i.id) for i in list_images(place.daemon.paths)
     ]
