@@ -230,6 +230,26 @@ async def test_a_malformed_last_frame_is_an_error_of_the_contract() -> None:
             await client.put("/x", lambda out: out.write(b"x"))
 
 
+@pytest.mark.parametrize(
+    "name", [b"../x", b"a/../../x", b"/etc/passwd", b"a//b", b"a/", b"./a", b"..", b"a\0b"]
+)
+def test_listing_with_a_name_that_no_directory_holds_is_refused(name: bytes) -> None:
+    """Such a name would go on into a tar that the user unpacks."""
+    ours, theirs = socket.socketpair()
+    entry = struct.pack("<IQQQQH", 0o100644, 0, 1, 1, 1, len(name)) + name
+    request = Request(version=1, method="scan", params=msgspec.Raw(b"{}"), token="")
+    files = GuestFiles(lambda: ours, lambda method, params: request)
+    with theirs:
+        theirs.sendall(
+            b'{"result":{}}\n'
+            + encode(FrameType.DATA, entry)
+            + encode(FrameType.DATA_END)
+            + encode(FrameType.RESULT, b'{"files":1,"bytes":0}')
+        )
+        with pytest.raises(BangerError, match="no directory holds"):
+            files.scan("/root/repo")
+
+
 def test_listing_whose_names_have_no_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest may name as many files as a listing has room for; each name as long as it can be."""
     monkeypatch.setattr("banger.rpc.trees.MAX_NAME_BYTES", 1 << 20)

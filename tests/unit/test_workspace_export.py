@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from banger.errors import BangerError
+from banger.rpc.trees import Entry, GuestFiles, Record
 from banger.workspace.export import find_changes, open_source_ground
 from banger.workspace.landed import Applied, HostFacts, apply_changes, read_changes, write_changes
 from banger.workspace.manifest import (
@@ -101,6 +104,35 @@ def test_tar_holds_what_git_does_not_ignore(guests: GuestHost, source: Path) -> 
     assert found == {
         "file": (0o644, 0), "new": (0o755, 0), "sub/other": (0o644, 0), ".gitignore": (0o644, 0),
     }  # fmt: skip
+
+
+def test_tar_leads_nobody_through_a_link_that_it_brings(
+    guests: GuestHost, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest can list what no directory holds: a link, and a file below it."""
+    guests.prepare(source)
+    record = Record(1, 1, 1)
+    listed = {
+        b"a": Entry(stat.S_IFLNK | 0o777, 4, record),
+        b"a/b": Entry(stat.S_IFREG | 0o644, 1, record),
+    }
+    lies = io.BytesIO()
+    with tarfile.open(fileobj=lies, mode="w") as tar:
+        link, file = tarfile.TarInfo("a"), tarfile.TarInfo("a/b")
+        link.type, link.linkname, file.size = tarfile.SYMTYPE, "/tmp", 1
+        tar.addfile(link)
+        tar.addfile(file, io.BytesIO(b"x"))
+    lies.seek(0)
+    honest = GuestFiles.get
+
+    def get(self: GuestFiles, path: str, names: list[bytes], receive: Any) -> Any:
+        return receive(lies) if b"a/b" in names else honest(self, path, names, receive)
+
+    monkeypatch.setattr(GuestFiles, "scan", lambda *_: listed)
+    monkeypatch.setattr(GuestFiles, "get", get)
+    out = io.BytesIO()
+    with pytest.raises(BangerError, match="a file below a file"):
+        guests.tar(source, out)
 
 
 def test_repository_that_was_never_prepared_is_compared_with_its_own_head(

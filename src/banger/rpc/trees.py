@@ -8,6 +8,7 @@ capped and checked here or by whoever gets the bytes.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -34,6 +35,8 @@ MAX_ENTRIES = 2_000_000
 """How many files of one guest are listed, and how long all of their names may be together."""
 MAX_NAME_BYTES = 256 << 20
 MAX_NAME = 4095
+# A component that is empty or leads elsewhere; NUL, which ends names where they are lists.
+_ODD_NAME = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0")
 _ENTRY = struct.Struct("<IQQQQH")
 _RECORD = struct.Struct("<QQQ")
 _STDERR = 4096
@@ -368,6 +371,8 @@ def _parse_entries(data: bytes, found: dict[bytes, Entry], doing: str) -> tuple[
                 "operation_failed",
                 f"{doing}: more than {MAX_ENTRIES} names, or one that is twice there",
             )
+        if _ODD_NAME.search(name):
+            raise BangerError("operation_failed", f"{doing}: a name that no directory holds")
         found[name] = Entry(mode, size, Record(ino, mtime, ctime))
         at = start + length
         used += length
