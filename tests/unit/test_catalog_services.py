@@ -499,6 +499,20 @@ async def test_the_kernel_of_a_registered_image_goes_with_it(place: Place, tmp_p
 
 
 @needs_tools
+async def test_no_link_leads_out_of_the_modules_of_a_registered_image(
+    place: Place, tmp_path: Path
+) -> None:
+    directory = kernel_directory(tmp_path)
+    (directory / "modules/modules.symbols").symlink_to("modules.builtin")  # within it is fine
+    files = {"kernel": str(directory / "vmlinux"), "modules": str(directory / "modules")}
+    await place.register(kernel_ref=None, name="first", **files)
+    lead_out_of_modules(directory)
+    with pytest.raises(BangerError, match="leads out of"):
+        await place.register(kernel_ref=None, name="second", **files)
+    assert [k.name for k in list_kernels(place.daemon.paths)] == ["first-kernel"]
+
+
+@needs_tools
 async def test_a_distributions_initrd_is_refused_with_what_to_give_instead(place: Place) -> None:
     kernel = place.file("vm/vmlinux", VMLINUX)
     initrd = place.file("vm/initrd.img", b"070701" + b"0" * 104)
