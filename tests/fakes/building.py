@@ -12,7 +12,6 @@ import pytest
 from banger.api.records import ImageRecord
 from banger.config.paths import Paths
 from banger.image import build_image, load_recipe
-from banger.image.entries import Refuse
 from banger.progress import Silent
 
 MMDEBSTRAP = """\
@@ -114,13 +113,7 @@ class BuildWorld:
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     async def build(
-        self,
-        name: str = "small",
-        *,
-        refresh: bool = False,
-        reserve_bytes: int = 0,
-        replaced: ImageRecord | None = None,
-        refuse: Refuse = lambda _: None,
+        self, name: str = "small", *, refresh: bool = False, reserve_bytes: int = 0
     ) -> ImageRecord:
         return await build_image(
             self.paths,
@@ -129,8 +122,6 @@ class BuildWorld:
             reporter=self.listener,
             refresh=refresh,
             reserve_bytes=reserve_bytes,
-            replaced=replaced,
-            refuse=refuse,
         )
 
     def left_behind(self) -> list[str]:

@@ -230,26 +230,6 @@ async def test_an_image_that_cannot_be_replaced_stays(place: Place) -> None:
     assert list_images(place.daemon.paths) == (image,)
 
 
-async def test_an_image_stays_when_what_was_built_for_its_name_cannot_be_stored(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def nothing(*_: Any, **__: Any) -> None:
-        return
-
-    def full(*_: Any, **__: Any) -> None:
-        raise BangerError("operation_failed", "no room", reason="disk_full")
-
-    await place.publish_image(CATALOG_IMAGE)
-    image = await catalog.obtain_image(place.daemon, CATALOG_IMAGE, place.report)
-    place.web.missing.add("index.json")
-    monkeypatch.setattr(confinement, "refuse_build", nothing)
-    monkeypatch.setattr(build, "build_artefact", nothing)
-    monkeypatch.setattr(build, "require_space", full)
-    with pytest.raises(BangerError, match="no room"):
-        await catalog.obtain_image(place.daemon, CATALOG_IMAGE, place.report, replaced=image)
-    assert list_images(place.daemon.paths) == (image,)
-
-
 async def test_two_pulls_of_one_bundle_download_it_once(place: Place) -> None:
     entry = await place.publish_image()
     one, two = await asyncio.gather(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from banger.api.records import ImageRecord
 from banger.errors import BangerError
 from banger.image import (
     check_image_files,
@@ -84,27 +83,6 @@ async def test_the_same_recipe_is_built_once(world: BuildWorld) -> None:
     one, two = await world.build("one"), await world.build("two")
     assert world.calls == 1
     assert Path(one.rootfs_path).stat().st_ino == Path(two.rootfs_path).stat().st_ino
-
-
-async def test_an_image_is_replaced_by_one_that_is_whole(world: BuildWorld) -> None:
-    old = await world.build("web")
-    with pytest.raises(BangerError, match="already"):
-        await world.build("web")
-    with pytest.raises(BangerError, match="in reserve"):
-        await world.build("web", replaced=old, reserve_bytes=TIB)
-
-    def refuse(image: ImageRecord) -> None:
-        raise BangerError("operation_failed", f"{image.name} is used", reason="in_use")
-
-    with pytest.raises(BangerError, match="web is used"):
-        await world.build("web", replaced=old, refuse=refuse)
-    assert list_images(world.paths) == (old,)
-    new = await world.build("web", replaced=old)
-    assert list_images(world.paths) == (new,)
-    assert new.id != old.id
-    # Who comes later with the same wish has it fulfilled, or is refused; the new one stays.
-    with pytest.raises(BangerError, match="already"):
-        await world.build("web", replaced=old)
 
 
 async def test_refresh_builds_anew(world: BuildWorld) -> None:

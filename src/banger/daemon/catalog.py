@@ -121,16 +121,14 @@ async def obtain_image(
         if not load_recipe(name).recipe.bootstrapped:
             return await _build_in_machine(daemon, name, report, target, replaced)
         await confinement.refuse_build(daemon.paths, load_recipe(name), target)
-        if as_name is None and replaced is None:
+        if replaced is not None:
+            await build.build_artefact(daemon.paths, load_recipe(name), reporter=report)
+            await container_images.remove_image(daemon, replaced.id, report)
+        if as_name is None:
             # Not `build_image`: a peer that has just finished the same one is success here.
             return await build.ensure_image(daemon.paths, name, reporter=report)
         return await build.build_image(
-            daemon.paths,
-            load_recipe(name),
-            name=target,
-            reporter=report,
-            replaced=replaced,
-            refuse=partial(container_images.refuse_in_use, daemon),
+            daemon.paths, load_recipe(name), name=target, reporter=report
         )
     if problem is not None:
         raise problem

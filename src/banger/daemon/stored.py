@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,6 +130,10 @@ async def _bootstrap(
             hint="banger image build --help",
         )
     await confinement.refuse_build(daemon.paths, loaded, params.name, extras)
+    if existing is not None:
+        # The old one goes when there is another.
+        await build.build_artefact(daemon.paths, loaded, reporter=call, extras=extras)
+        await container_images.remove_image(daemon, existing.id, call)
     return await build.build_image(
         daemon.paths,
         loaded,
@@ -138,8 +141,6 @@ async def _bootstrap(
         reporter=call,
         extras=extras,
         kernel_ref=params.kernel_ref,
-        replaced=existing,
-        refuse=partial(container_images.refuse_in_use, daemon),
     )
 
 

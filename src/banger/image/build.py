@@ -33,7 +33,6 @@ from banger.image.downloads import DownloadMissing, fetch_npm
 from banger.image.entries import (
     ROOTFS,
     ImageManifest,
-    Refuse,
     find_image,
     lock_image,
     publish_image,
@@ -91,12 +90,8 @@ async def build_image(
     kernel_ref: str | None = None,
     refresh: bool = False,
     reserve_bytes: int = 2 * GIB,
-    replaced: ImageRecord | None = None,
-    refuse: Refuse = lambda _: None,
 ) -> ImageRecord:
     """Build the image of a bootstrapped recipe and store it as `name`.
-
-    `replaced` is an image of that name that may go, which it does when the new one is whole.
 
     An earlier build of the same recipe is taken from the cache; `refresh` builds anew, with the
     packages of today. Cancelling ends the host programs and leaves nothing. When another caller is
@@ -104,11 +99,10 @@ async def build_image(
 
     Raises:
         BangerError: already_exists; not_found: a host program is missing; operation_failed, also
-            with reason disk_full; what `refuse` raises of the image to be replaced.
+            with reason disk_full.
     """
     check_entry_name(name, "image")
-    existing = find_image(paths, name)
-    if existing is not None and not _is(existing, replaced):
+    if find_image(paths, name):
         raise BangerError(
             "already_exists",
             f"there is an image {name} already",
@@ -116,10 +110,7 @@ async def build_image(
         )
     whole = _whole(recipe, extras, kernel_ref)
     return await run_job(
-        lambda job: _build(
-            paths, whole, name, refresh, reserve_bytes, job, replaced=replaced, refuse=refuse
-        ),
-        reporter,
+        lambda job: _build(paths, whole, name, refresh, reserve_bytes, job), reporter
     )
 
 
@@ -180,25 +171,12 @@ def _whole(loaded: LoadedRecipe, extras: Extras, kernel_ref: str | None = None) 
     return msgspec.structs.replace(whole, recipe=recipe)
 
 
-def _is(image: ImageRecord, other: ImageRecord | None) -> bool:
-    return other is not None and image.id == other.id
-
-
 def _build(
-    paths: Paths,
-    loaded: LoadedRecipe,
-    name: str,
-    refresh: bool,
-    reserve_bytes: int,
-    job: Job,
-    *,
-    replaced: ImageRecord | None = None,
-    refuse: Refuse = lambda _: None,
+    paths: Paths, loaded: LoadedRecipe, name: str, refresh: bool, reserve_bytes: int, job: Job
 ) -> ImageRecord:
     with lock_image(paths, name, job):
-        existing = find_image(paths, name)
-        if existing is not None and not _is(existing, replaced):
-            return existing  # made by a peer
+        if made_by_peer := find_image(paths, name):
+            return made_by_peer
         require_space(
             paths.images,
             needed_bytes=_NEEDED_BYTES,
@@ -209,7 +187,7 @@ def _build(
             remove_abandoned(paths.images, f"{kind}-{name}")
         with _artefact(paths, loaded, refresh, job) as built:
             job.check()
-            return _publish(paths, loaded, name, built, job, existing, refuse)
+            return _publish(paths, loaded, name, built, job)
 
 
 def _artefact(
@@ -333,15 +311,7 @@ def _drain(stream: IO[bytes]) -> None:
         pass
 
 
-def _publish(
-    paths: Paths,
-    loaded: LoadedRecipe,
-    name: str,
-    built: Path,
-    job: Job,
-    replaced: ImageRecord | None,
-    refuse: Refuse,
-) -> ImageRecord:
+def _publish(paths: Paths, loaded: LoadedRecipe, name: str, built: Path, job: Job) -> ImageRecord:
     recipe = loaded.recipe
     assert recipe.kernel_ref is not None
     job.stage("publish", f"storing the image {name}")
@@ -373,4 +343,4 @@ def _publish(
                 created_at=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
             ),
         )
-        return publish_image(paths, new, job=job, replaced=replaced, aside=staging, refuse=refuse)
+        return publish_image(paths, new, job=job)
