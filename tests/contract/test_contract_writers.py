@@ -33,6 +33,7 @@ _ALLOWED = {
     "banger/cli/image_build.py": (1, "a copy, which is synced before it is named"),
     "banger/cli/server.py": (2, "a lock, and the words of a daemon that is being started"),
     "banger/cli/stream.py": (1, "stdout, opened again"),
+    "banger/cli/vm_workspace.py": (1, "a pipe or a device of the user's"),
     "banger/daemon/leftovers.py": (1, "a lock"),
     "banger/daemon/main.py": (1, "a lock"),
     "banger/disk/background.py": (1, "a lock"),

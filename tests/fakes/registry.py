@@ -46,7 +46,7 @@ class FakeRegistry:
     no_head: bool = False
     replaced: dict[str, bytes] = field(default_factory=dict)
     """What is sent in place of a blob or manifest of this digest."""
-    announce: int | None = None
+    announce: int | str | None = None
     """Content-Length of blobs, whatever they have."""
     redirect: str | None = None
     """Where requests for blobs are sent; `{name}` becomes the digest."""

@@ -178,6 +178,12 @@ async def test_pull_of_a_catalog_name_goes_before_references(
     assert await pull_it(reference="mine:1.0") == "reference"
     with pytest.raises(BangerError, match="names its kernel itself"):
         await pull_it(reference="mine", kernel_ref="k")
+    # Whoever keeps the index from being read does not choose where its images come from.
+    place.web.replaced["index.json"] = b"{}"
+    with pytest.raises(BangerError, match="signature"):
+        await pull_it(reference="mine", force=True)
+    assert await pull_it(reference="mine:1.0") == "reference"
+    place.web.replaced.clear()
     place.vms = [
         SimpleNamespace(name="web", image_id=i.id) for i in list_images(place.daemon.paths)
     ]
@@ -484,6 +490,20 @@ async def test_the_kernel_of_a_registered_image_stays_while_another_image_boots_
     await stored.image_delete(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
     assert find_image(place.daemon.paths, "mine") is None
     assert find_kernel(place.daemon.paths, "mine-kernel") is not None
+
+
+@needs_tools
+async def test_no_link_leads_out_of_the_modules_of_a_registered_image(
+    place: Place, tmp_path: Path
+) -> None:
+    directory = kernel_directory(tmp_path)
+    (directory / "modules/modules.symbols").symlink_to("modules.builtin")  # within it is fine
+    files = {"kernel": str(directory / "vmlinux"), "modules": str(directory / "modules")}
+    await place.register(kernel_ref=None, name="first", **files)
+    lead_out_of_modules(directory)
+    with pytest.raises(BangerError, match="leads out of"):
+        await place.register(kernel_ref=None, name="second", **files)
+    assert [k.name for k in list_kernels(place.daemon.paths)] == ["first-kernel"]
 
 
 @needs_tools

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from banger.cli.draw import progress, table
-from banger.cli.errors import show_error
+from banger.cli.draw import print_json, progress, table
+from banger.cli.errors import show_error, warn
 from banger.cli.many import each
 from banger.errors import BangerError, ErrorCode
 
@@ -151,3 +151,50 @@ def test_live_progress_takes_no_markup_from_what_it_shows(
         painter({"done": 2048, "detail": "[/b]"})
         painter({"warning": "[/b] is odd"})
     assert "[/b] is odd" in capsys.readouterr().err
+
+
+# --- words of a stranger --------------------------------------------------------------------------
+
+HOSTILE = "a\x1b]0;title\x07b\x9b2Jc\x7f"
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_hands_no_escapes_to_a_terminal(
+    live: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Warnings quote registries, repositories and guests; labels name what they were asked for."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: live)
+    monkeypatch.setenv("TERM", "dumb")
+    with progress(quiet=quiet) as painter:
+        painter({"stage": "x", "label": HOSTILE, "detail": HOSTILE})
+        painter({"done": 1, "total": 2, "detail": HOSTILE})
+        painter({"output": HOSTILE})
+        painter({"warning": HOSTILE})
+    text = capsys.readouterr().err
+    assert "warning: a" in text
+    assert not set(text) & set("\x1b\x07\x9b\x7f")
+
+
+def test_warning_of_a_command_hands_no_escapes_to_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warn(f"what became of the tools is not known: {HOSTILE}")
+    assert not set(capsys.readouterr().err) & set("\x1b\x07\x9b\x7f")
+
+
+def test_json_says_everything_and_holds_nothing_that_a_terminal_acts_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_json({"env": HOSTILE, "name": "größe"})
+    show_error(BangerError("not_found", HOSTILE), as_json=True)
+    text = capsys.readouterr().out
+    assert not set(text) & set("\x1b\x07\x9b\x7f")
+    assert "größe" in text
+    first, end = json.JSONDecoder().raw_decode(text)
+    assert first == {"env": HOSTILE, "name": "größe"}
+    assert json.loads(text[end:])["error"]["message"] == HOSTILE
+
+
+def test_table_hands_no_escapes_to_a_terminal() -> None:
+    assert not set(table(("NAME",), [(HOSTILE,)])) & set("\x1b\x07\x9b\x7f")

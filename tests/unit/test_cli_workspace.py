@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -99,6 +100,27 @@ def test_export_writes_the_patch_and_nothing_else(
     done = cli("vm", "workspace", "export", "web", "-o", str(target))
     assert (done.status, done.out, target.read_bytes()) == (0, "", PATCH)
     assert f"git apply --binary {target}" in done.err
+
+
+def test_export_goes_through_a_pipe_or_a_link_and_replaces_neither(
+    cli: CommandLine, serve: Callable[..., FakeDaemon], tmp_path: Path
+) -> None:
+    """`-o /dev/null` would else make a file of it, for root."""
+    serve(vm__workspace__export=_export)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        cli("vm", "workspace", "export", "web", "-o", str(pipe))
+        assert os.read(reader, 1 << 16) == PATCH
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    link = tmp_path / "link"
+    link.symlink_to("target")
+    cli("vm", "workspace", "export", "web", "-o", str(link))
+    assert link.is_symlink()
+    assert (tmp_path / "target").read_bytes() == PATCH
 
 
 def test_failed_export_leaves_the_old_file(

@@ -8,6 +8,8 @@ import errno
 import os
 import resource
 import socket
+import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from banger.api.envelope import Request
 from banger.errors import BangerError
 from banger.guest import announce
 from banger.guest.announce import Announcement, Announcements
@@ -23,6 +26,7 @@ from banger.guest.client import GuestClient
 from banger.guest.endpoint import TcpEndpoint
 from banger.rpc.channel import Channel
 from banger.rpc.frames import FrameType, encode
+from banger.rpc.trees import GuestFiles
 
 VM, TOKEN = "0" * 32, "ab" * 32
 PARAMS = {"vm_id": VM, "boot_id": "b-1", "agent_version": "1.0", "protocol": 1}
@@ -224,3 +228,50 @@ async def test_a_malformed_last_frame_is_an_error_of_the_contract() -> None:
     async with guest_with(agent) as client:
         with pytest.raises(BangerError, match="malformed"):
             await client.put("/x", lambda out: out.write(b"x"))
+
+
+@pytest.mark.parametrize(
+    "name", [b"../x", b"a/../../x", b"/etc/passwd", b"a//b", b"a/", b"./a", b"..", b"a\0b"]
+)
+def test_listing_with_a_name_that_no_directory_holds_is_refused(name: bytes) -> None:
+    """Such a name would go on into a tar that the user unpacks."""
+    ours, theirs = socket.socketpair()
+    entry = struct.pack("<IQQQQH", 0o100644, 0, 1, 1, 1, len(name)) + name
+    request = Request(version=1, method="scan", params=msgspec.Raw(b"{}"), token="")
+    files = GuestFiles(lambda: ours, lambda method, params: request)
+    with theirs:
+        theirs.sendall(
+            b'{"result":{}}\n'
+            + encode(FrameType.DATA, entry)
+            + encode(FrameType.DATA_END)
+            + encode(FrameType.RESULT, b'{"files":1,"bytes":0}')
+        )
+        with pytest.raises(BangerError, match="no directory holds"):
+            files.scan("/root/repo")
+
+
+def test_listing_whose_names_have_no_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest may name as many files as a listing has room for; each name as long as it can be."""
+    monkeypatch.setattr("banger.rpc.trees.MAX_NAME_BYTES", 1 << 20)
+    ours, theirs = socket.socketpair()
+    given_up = threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError), theirs:
+            theirs.recv(4096)
+            theirs.sendall(b'{"result":{}}\n')
+            for number in range(10_000):
+                name = b"%04000d" % number
+                entry = struct.pack("<IQQQQH", 0o100644, 0, 1, 1, 1, len(name)) + name
+                theirs.sendall(encode(FrameType.DATA, entry))
+            return
+        given_up.set()
+
+    guest = threading.Thread(target=tell)
+    guest.start()
+    request = Request(version=1, method="scan", params=msgspec.Raw(b"{}"), token="")
+    files = GuestFiles(lambda: ours, lambda method, params: request)
+    with pytest.raises(BangerError, match="no end"):
+        files.scan("/root/repo")
+    guest.join(10)
+    assert given_up.is_set()

@@ -282,3 +282,18 @@ def test_a_document_that_is_no_json_is_refused(data: bytes) -> None:
 def test_a_manifest_type_is_what_the_layout_says(image: Image) -> None:
     found = parse_manifest_or_index(image.blobs[image.manifest])
     assert found.media_type == MANIFEST_TYPE
+
+
+@pytest.mark.parametrize("climbs", ["../outside.json", "a/../../outside.json", "absolute"])
+def test_a_directory_names_no_file_outside_of_it(tmp_path: Path, climbs: str) -> None:
+    """What `docker save` wrote, unpacked by somebody: its names are the image's, as in a tar."""
+    outside = tmp_path / "outside.json"
+    outside.write_text('{"os": "linux"}')
+    (tmp_path / "saved/a").mkdir(parents=True)
+    config = str(outside) if climbs == "absolute" else climbs
+    document = json.dumps([{"Config": config, "Layers": []}])
+    (tmp_path / "saved/manifest.json").write_text(document)
+    with pytest.raises(BangerError) as refused:
+        read_docker_archive(tmp_path / "saved", None)
+    assert refused.value.reason == "bad_image"
+    assert "outside" in refused.value.message

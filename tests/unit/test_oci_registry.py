@@ -376,6 +376,37 @@ def test_a_token_service_without_encryption_elsewhere_gets_no_login(
     assert puller.refused().code == "unauthorized"
 
 
+NO_ADDRESSES = ["https://[::1", "https://registry.invalid:99999/x", "https://registry.invalid:x/"]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_a_redirect_to_what_is_no_address_is_refused(
+    puller: Puller, registry: FakeRegistry, image: Image, address: str
+) -> None:
+    registry.add(image)
+    registry.redirect = address
+    assert "no address" in puller.refused().message
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_a_token_service_that_is_no_address_is_refused(
+    puller: Puller, registry: FakeRegistry, image: Image, address: str
+) -> None:
+    registry.add(image)
+    registry.realm = address
+    assert puller.refused().code == "unauthorized"
+
+
+def test_a_length_that_no_number_holds_is_another_length(
+    puller: Puller, registry: FakeRegistry, image: Image
+) -> None:
+    registry.add(image)
+    registry.announce = "9" * 5000
+    error = puller.refused()
+    assert error.reason == "bad_image"
+    assert "announces 9999" in error.message
+
+
 def test_a_server_that_falls_silent_is_given_up(
     puller: Puller, registry: FakeRegistry, image: Image
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,61 @@ def test_holes_that_no_disk_could_hold_are_refused(tmp_path: Path, form: str) ->
     layout = write_layout(tmp_path / "layout", build_image([tar]))
     with pytest.raises(BangerError, match="more than 1 TiB"):
         index_layers(read_layout(layout, None).layers, what="test", work=Job())
+
+
+_DEEP = "/".join(["d" * 250] * 15)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param(
+            [link(f"h{i}", "t" * 90) for i in range(1000)], id="links to what never comes"
+        ),
+        pytest.param(
+            [
+                *(directory(f"d{i}") for i in range(10)),
+                *(directory(f"d{i}", xattrs={"user.x": b"x" * 30_000}) for i in range(10)),
+            ],
+            id="attributes that come later",
+        ),
+        pytest.param(
+            [directory(f"d{i}", xattrs={"user." + "k" * 30_000: b"x"}) for i in range(10)],
+            id="names of attributes",
+        ),
+        pytest.param(
+            [Entry(f"{_DEEP}/f"), *(link(f"{_DEEP}/{i}", f"{_DEEP}/f") for i in range(200))],
+            id="paths of links",
+        ),
+    ],
+)
+def test_everything_that_is_remembered_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry]
+) -> None:
+    monkeypatch.setattr("banger.oci.tree._MOST_MEMORY", 200_000)
+    with pytest.raises(BangerError, match="too many files"):
+        index(tmp_path, entries)
+
+
+def test_links_that_waited_cost_no_more_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.oci.tree._MOST_MEMORY", 100_000)
+    layers = [[*(link(f"{n}h{i}", "t") for i in range(20)), Entry("t")] for n in range(5)]
+    assert len(index(tmp_path, *layers).tree.root.entries) == 101
+
+
+def test_siblings_at_the_end_of_a_long_path_do_not_hold_a_copy_of_it_each(tmp_path: Path) -> None:
+    entries = [symlink("s", _DEEP), directory(_DEEP), *(directory(f"s/{i}") for i in range(2000))]
+    found = index(tmp_path, entries)
+    tracemalloc.start()
+    assert sum(1 for _ in found.tree.walk_directories()) == 2015
+    found.tree.survivors()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_path_that_no_program_could_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BangerError, match="more than 4095"):
+        index(tmp_path, [symlink("s", _DEEP), Entry(f"s/{_DEEP}/f")])

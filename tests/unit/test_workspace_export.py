@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from banger.errors import BangerError
+from banger.rpc.trees import Entry, GuestFiles, Record
 from banger.workspace.export import find_changes, open_source_ground
 from banger.workspace.landed import Applied, HostFacts, apply_changes, read_changes, write_changes
+from banger.workspace.manifest import (
+    accept_offer,
+    find_manifest,
+    write_manifest,
+    write_offer,
+)
 from banger.workspace.options import ShipOptions
 from fakes.guest_files import GuestHost, guest_host
 from workspace_kit import ENVIRONMENT, commit, git, head, make_repository, status, write
@@ -95,6 +104,35 @@ def test_tar_holds_what_git_does_not_ignore(guests: GuestHost, source: Path) -> 
     assert found == {
         "file": (0o644, 0), "new": (0o755, 0), "sub/other": (0o644, 0), ".gitignore": (0o644, 0),
     }  # fmt: skip
+
+
+def test_tar_leads_nobody_through_a_link_that_it_brings(
+    guests: GuestHost, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest can list what no directory holds: a link, and a file below it."""
+    guests.prepare(source)
+    record = Record(1, 1, 1)
+    listed = {
+        b"a": Entry(stat.S_IFLNK | 0o777, 4, record),
+        b"a/b": Entry(stat.S_IFREG | 0o644, 1, record),
+    }
+    lies = io.BytesIO()
+    with tarfile.open(fileobj=lies, mode="w") as tar:
+        link, file = tarfile.TarInfo("a"), tarfile.TarInfo("a/b")
+        link.type, link.linkname, file.size = tarfile.SYMTYPE, "/tmp", 1
+        tar.addfile(link)
+        tar.addfile(file, io.BytesIO(b"x"))
+    lies.seek(0)
+    honest = GuestFiles.get
+
+    def get(self: GuestFiles, path: str, names: list[bytes], receive: Any) -> Any:
+        return receive(lies) if b"a/b" in names else honest(self, path, names, receive)
+
+    monkeypatch.setattr(GuestFiles, "scan", lambda *_: listed)
+    monkeypatch.setattr(GuestFiles, "get", get)
+    out = io.BytesIO()
+    with pytest.raises(BangerError, match="a file below a file"):
+        guests.tar(source, out)
 
 
 def test_repository_that_was_never_prepared_is_compared_with_its_own_head(
@@ -340,3 +378,64 @@ def test_cut_stream_applies_nothing(guests: GuestHost, source: Path) -> None:
 def test_malformed_list_of_changes_is_refused(data: bytes) -> None:
     with pytest.raises(BangerError):
         read_changes(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("inside", [(), ("deep/er",)])
+def test_new_file_takes_the_place_of_an_empty_directory(
+    guests: GuestHost, source: Path, inside: tuple[str, ...]
+) -> None:
+    """What is said to be possible must not end in the middle."""
+    guests.prepare(source)
+    write(guests.path(), "build", "a file\n")
+    write(guests.path(), "zebra", "moved after it\n")
+    (source / "build").mkdir()
+    for name in inside:
+        (source / "build" / name).mkdir(parents=True)
+    assert not _apply(guests, source).conflicts
+    assert (source / "build").read_text() == "a file\n"
+    assert (source / "zebra").read_text() == "moved after it\n"
+
+
+def test_directory_that_fills_again_while_changes_come_is_a_conflict(
+    guests: GuestHost, source: Path
+) -> None:
+    guests.prepare(source)
+    write(guests.path(), "build", "a file\n")
+    write(source, "build/mine", "mine\n")
+    with pytest.raises(BangerError) as e:
+        _apply(guests, source)
+    assert e.value.reason == "conflict"
+    assert (source / "build/mine").read_text() == "mine\n"
+
+
+def test_repository_made_in_the_guest_is_not_replaced_by_a_file_of_the_host(
+    guests: GuestHost, source: Path
+) -> None:
+    """All else that is in that directory was shipped, and goes; its commits are nowhere else."""
+    guests.prepare(source)
+    inside = guests.path() / "sub"
+    git(inside, "init", "-q", "-b", "main")
+    kept = commit(inside)
+    git(source, "rm", "-q", "-r", "sub")
+    write(source, "sub", "a file now\n")
+    git(source, "add", "-A")
+    with pytest.raises(BangerError) as refused:
+        guests.prepare(source)
+    assert refused.value.reason == "changed_in_guest"
+    assert "sub/.git" in refused.value.message
+    assert head(inside) == kept
+
+
+def test_offer_made_before_another_prepare_changes_nothing(
+    guests: GuestHost, source: Path, tmp_path: Path
+) -> None:
+    """Between a client that applies and its word that it has, another may have prepared again."""
+    first = guests.prepare(source).manifest
+    write_manifest(tmp_path, first)
+    offer = write_offer(tmp_path, first)
+    write(source, "file", "newer\n")
+    commit(source)
+    second = guests.prepare(source).manifest
+    write_manifest(tmp_path, second)
+    assert not accept_offer(tmp_path, first.workspace.guest_path, offer)
+    assert find_manifest(tmp_path, first.workspace.guest_path) == second

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,31 @@ def test_split_index_and_refs_are_read_from_the_guest(tmp_path: Path) -> None:
         assert refs.refs == {"refs/heads/main": head(copy), "refs/heads/packed": first}
         assert refs.loose == {"refs/heads/main"}
         assert refs.commit == head(copy)
+
+
+def _index_of_4(count: int, first: bytes) -> bytes:
+    """An index of version 4: a first name, then one that is a byte longer than the last, again and
+    again."""
+    entry = bytes(40 + 20 + 2)
+    rest = (entry + b"\0x\0") * (count - 1)
+    return struct.pack(">4sII", b"DIRC", 4, count) + entry + b"\0" + first + b"\0" + rest
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(_index_of_4(1000, b"n" * 100_000), id="names that no file can have"),
+        pytest.param(_index_of_4(3000, b"n" * 1000), id="names that are the last one and more"),
+    ],
+)
+def test_index_that_unpacks_to_more_than_it_is_takes_no_memory(
+    index: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.workspace.guest_git.MAX_NAME_BYTES", 1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BangerError, match="reading the guest's index: "):
+            parse_index(index, "sha1")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from banger.cli.errors import harmless, harmless_json, warn
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -41,7 +43,7 @@ def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Painter]
 
 def _only_warnings(event: dict[str, Any]) -> None:
     if "warning" in event:
-        sys.stderr.write(f"banger: warning: {event['warning']}\n")
+        warn(f"warning: {event['warning']}")
 
 
 class _Plain:
@@ -55,7 +57,7 @@ class _Plain:
     def __call__(self, event: dict[str, Any]) -> None:
         _only_warnings(event)
         if "output" in event:
-            sys.stderr.write(f"{event['output']}\n")
+            sys.stderr.write(f"{harmless(event['output'])}\n")
             sys.stderr.flush()
         if "stage" not in event:
             return
@@ -64,7 +66,7 @@ class _Plain:
             sys.stderr.write(f"  {self._stage}: {(now - self._began) * 1000:.0f} ms\n")
         self._stage, self._began = event["stage"], now
         detail = f" ({event['detail']})" if event.get("detail") else ""
-        sys.stderr.write(f"{event['stage']}: {event['label']}{detail}\n")
+        sys.stderr.write(harmless(f"{event['stage']}: {event['label']}{detail}") + "\n")
         sys.stderr.flush()
 
 
@@ -81,15 +83,16 @@ def _live() -> Iterator[Painter]:
         def paint(event: dict[str, Any]) -> None:
             nonlocal label
             if "warning" in event:
-                console.print(f"banger: warning: {event['warning']}", markup=False)
+                console.print(f"banger: warning: {harmless(event['warning'])}", markup=False)
             if "output" in event:
-                console.print(event["output"], markup=False, highlight=False, soft_wrap=True)
+                line = harmless(event["output"])
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             if "stage" in event:
                 detail = f" ({event['detail']})" if event.get("detail") else ""
-                label = escape(event["label"] + detail)
+                label = escape(harmless(event["label"] + detail))
                 status.update(label)
             elif "done" in event:
-                status.update(f"{label} {escape(_amount(event))}")
+                status.update(f"{label} {escape(harmless(_amount(event)))}")
 
         yield paint
 
@@ -105,6 +108,7 @@ def _amount(event: dict[str, Any]) -> str:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded by two spaces; no trailing blanks."""
+    rows = [[harmless(cell) for cell in row] for row in rows]
     widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -117,4 +121,4 @@ def print_json(value: Any) -> None:
     """A result as indented JSON on stdout."""
     import msgspec
 
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    sys.stdout.write(harmless_json(msgspec.json.encode(value)) + "\n")

@@ -1,8 +1,10 @@
-"""How an error looks: one sentence, the next command, the operation id."""
+"""How an error looks: one sentence, the next command, the operation id; and how words of others
+look, which a guest, a registry or a repository may have had a part in."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,22 +29,30 @@ def show_error(error: BangerError, *, as_json: bool) -> None:
         from banger.api.envelope import WireError
 
         document = {"error": msgspec.to_builtins(WireError.of(error))}
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
+        sys.stdout.write(harmless_json(msgspec.json.encode(document)) + "\n")
         return
     red, dim, off = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if color() else ("", "", "")
     label = "" if error.code == "operation_failed" else f"{error.code.replace('_', ' ')}: "
     op = f" {dim}({error.op_id}){off}" if error.op_id else ""
-    sys.stderr.write(f"{red}banger:{off} {label}{_harmless(error.message)}{op}\n")
+    sys.stderr.write(f"{red}banger:{off} {label}{harmless(error.message)}{op}\n")
     for extra in error.also:
-        sys.stderr.write(f"  also: {_harmless(extra)}\n")
+        sys.stderr.write(f"  also: {harmless(extra)}\n")
     if error.hint:
-        sys.stderr.write(f"hint: {_harmless(error.hint)}\n")
+        sys.stderr.write(f"hint: {harmless(error.hint)}\n")
 
 
-def _harmless(text: str) -> str:
-    """Text that a guest may have had a part in, without what a terminal would act on."""
+def harmless(text: str) -> str:
+    """Text of others, without what a terminal would act on."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text[:_MOST_TEXT])
 
 
+def harmless_json(document: bytes) -> str:
+    """The same document, indented. JSON escapes the control characters of ASCII only."""
+    import msgspec
+
+    text = msgspec.json.format(document, indent=2).decode()
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def warn(message: str) -> None:
-    sys.stderr.write(f"banger: {message}\n")
+    sys.stderr.write(f"banger: {harmless(message)}\n")

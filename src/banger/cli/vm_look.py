@@ -12,6 +12,7 @@ from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.cli.complete import VM
 from banger.cli.draw import print_json, table
+from banger.cli.errors import harmless
 from banger.cli.server import Server
 from banger.units import format_size
 
@@ -149,8 +150,9 @@ def health(guest: GuestCommand, vm: str, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        width = max(len(key) for key in answer)
-        sys.stdout.writelines(f"{key.ljust(width)}  {value}\n" for key, value in answer.items())
+        width = max(map(len, answer), default=0)
+        lines = (f"{key.ljust(width)}  {value}" for key, value in answer.items())
+        sys.stdout.writelines(harmless(line) + "\n" for line in lines)
 
 
 @click.command()

@@ -206,9 +206,15 @@ def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """A file that gets its name when it is whole; a failure leaves the old one."""
+    """A file that gets its name when it is whole; a failure leaves the old one. What is no file, a
+    pipe or /dev/null, stays what it is."""
     try:
-        with new_file(path, mode=0o666) as f:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as f:
+                yield f.write
+            return
+        # Through a link: it is the user's, and says where the file is to be.
+        with new_file(path.resolve(), mode=0o666) as f:
             yield f.write
     except OSError as e:
         raise BangerError("operation_failed", f"writing {path}: {e.strerror}") from e

@@ -210,9 +210,10 @@ async def image_pull(daemon: Daemon, call: Call, params: p.PullImage) -> ImageRe
         return await container_images.image_pull(daemon, call, params)
     if name not in list_recipes():
         looked = await look(daemon, call)
+        if looked.problem is not None:
+            # Not from a registry: who can spoil the index would choose another image for the name.
+            raise looked.problem
         if looked.find("image", name) is None:
-            if looked.problem is not None:
-                call.warn(f"whether {name} is in the catalog is not known: {looked.problem}")
             return await container_images.image_pull(daemon, call, params)
     if params.kernel_ref is not None or params.install_sshd:
         what = "names its kernel" if params.kernel_ref is not None else "brings its sshd"

@@ -72,7 +72,8 @@ _SOURCE_LINKS = frozenset({"build", "source"})
 
 
 class GivenKernel(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes an entry. `root`: no link may lead out of it. `modules` is a directory.
+    """What becomes an entry. `root`: no link may lead out of it. `modules` is a directory, and no
+    link in it leads out of that, or of `root`.
 
     `initrd` is a base initrd that banger made; it and `modules` exclude each other.
     """
@@ -157,7 +158,7 @@ def _make(
             new.mkdir(mode=0o755)
             job.stage("kernel", f"reading {given.kernel}")
             try:
-                vmlinux = extract_vmlinux(_read(given, given.kernel, _IMAGE_LIMIT_BYTES))
+                vmlinux = extract_vmlinux(_read(given.root, given.kernel, _IMAGE_LIMIT_BYTES))
             except (ValueError, OSError) as e:
                 raise _refused(given.kernel, _words(e)) from e
             release = _release_of(vmlinux, given)
@@ -217,7 +218,7 @@ def _check_config(vmlinux: bytes, given: GivenKernel, job: Job) -> None:
 def _find_config(vmlinux: bytes, given: GivenKernel) -> str | None:
     try:
         if given.config is not None:
-            return _read(given, given.config, _CONFIG_LIMIT_BYTES).decode("utf-8", "replace")
+            return _read(given.root, given.config, _CONFIG_LIMIT_BYTES).decode("utf-8", "replace")
         start = vmlinux.find(_CONFIG_BEGIN)
         end = vmlinux.find(_CONFIG_END, start)
         if start < 0 or end < 0:
@@ -238,7 +239,8 @@ def _make_modules(
     if given.modules is not None:
         job.stage("kernel", f"reading {given.modules}")
         try:
-            _copy_modules(given, _find_release(given.modules, release), directory, job)
+            source = _find_release(given.modules, release)
+            _copy_modules(given.root or given.modules, source, directory, job)
         except (ValueError, OSError) as e:
             raise _refused(given.modules, _words(e)) from e
     for index in ("modules.builtin", "modules.order"):
@@ -275,7 +277,7 @@ def _find_release(modules: Path, release: str) -> Path:
     raise ValueError(f"it holds no modules of {release}")
 
 
-def _copy_modules(given: GivenKernel, source: Path, target: Path, job: Job) -> None:
+def _copy_modules(root: Path, source: Path, target: Path, job: Job) -> None:
     total = 0
 
     def fail(e: OSError) -> None:
@@ -293,7 +295,7 @@ def _copy_modules(given: GivenKernel, source: Path, target: Path, job: Job) -> N
             path = here / name
             if name in _SOURCE_LINKS and path.is_symlink():
                 continue
-            content = _read(given, path, _MODULE_LIMIT_BYTES)
+            content = _read(root, path, _MODULE_LIMIT_BYTES)
             total += len(content)
             if total > _TREE_LIMIT_BYTES:
                 raise ValueError("it is larger than any kernel's modules")
@@ -304,15 +306,15 @@ def _copy_modules(given: GivenKernel, source: Path, target: Path, job: Job) -> N
             (there / name).write_bytes(content)
 
 
-def _read(given: GivenKernel, path: Path, most: int) -> bytes:
+def _read(root: Path | None, path: Path, most: int) -> bytes:
     """A regular file of at most `most` bytes.
 
     Raises:
-        ValueError: it is none, too large, or a link out of `given.root`. OSError.
+        ValueError: it is none, too large, or a link out of `root`. OSError.
     """
     real = path.resolve(strict=True)
-    if given.root is not None and not real.is_relative_to(given.root.resolve()):
-        raise ValueError(f"{path} is a link that leads out of {given.root}")
+    if root is not None and not real.is_relative_to(root.resolve()):
+        raise ValueError(f"{path} is a link that leads out of {root}")
     # Opened by its real path, without following another link that came meanwhile.
     fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(fd, "rb") as f:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.errors import BangerError
-from banger.oci.http import BrokenTransfer, place
+from banger.oci.http import BrokenTransfer, address_from, place
 from banger.oci.reference import is_loopback
 
 if TYPE_CHECKING:
@@ -83,7 +83,13 @@ class Login:
         return self._credentials
 
     def _token(self, url: str, challenge: Challenge) -> str:
-        realm = urllib.parse.urljoin(url, challenge.parameters.get("realm", ""))
+        named = challenge.parameters.get("realm", "")
+        try:
+            realm = address_from(url, named)
+        except ValueError as e:
+            raise BangerError(
+                "unauthorized", f"asking {place(url)}: it wants a token of {named[:120]!r}"
+            ) from e
         parts = urllib.parse.urlsplit(realm)
         here = urllib.parse.urlsplit(url)
         local = here.scheme == "http" and is_loopback(parts.hostname or "")

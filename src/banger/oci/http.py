@@ -156,7 +156,13 @@ class Http:
                 if not follow or raw.status not in _REDIRECTS or not location:
                     yield Response(raw, here)
                     return
-                there = urllib.parse.urljoin(here, location)
+                try:
+                    there = address_from(here, location)
+                except ValueError as e:
+                    raise BangerError(
+                        "operation_failed",
+                        f"asking {place(here)}: it redirects to what is no address",
+                    ) from e
                 _check_redirect(here, there)
                 here = there
             finally:
@@ -313,17 +319,24 @@ def place(url: str) -> str:
     return f"{parts.scheme}://{host_of(url)}{parts.path}"
 
 
+def address_from(here: str, named: str) -> str:
+    """The URL that an answer of `here` names. Raises ValueError: it is none."""
+    there = urllib.parse.urljoin(here, named)
+    _origin(there)  # looks at the port, which urlsplit only keeps
+    return there
+
+
 def retry_after_s(value: str | None) -> float | None:
     """Seconds that a `Retry-After` asks for, as a number or a date; None where it is neither."""
     if not value:
         return None
-    if value.strip().isdigit():
+    if value.isascii() and value.strip().isdigit():
         return float(value)
     try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        when = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):  # a year that no time has, too
         return None
-    return max(0.0, when.timestamp() - time.time())
+    return max(0.0, when - time.time())
 
 
 def explain(e: BaseException) -> str:

@@ -257,17 +257,23 @@ class _Directory:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def _path(self, name: str) -> Path:
+        """Names of `docker save` are the image's own words, and it may be anybody's."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise BadImage(f"it names a file outside of its directory: {name[:200]}")
+        return self._root / name
+
     def open(self, name: str) -> IO[bytes]:
         try:
             # A pipe in the place of a file would wait for its writer.
-            fd = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as e:
             raise BadImage(f"{name}: {e.strerror}") from e
         return os.fdopen(fd, "rb")
 
     def size(self, name: str) -> int:
         try:
-            return (self._root / name).stat().st_size
+            return self._path(name).stat().st_size
         except OSError as e:
             raise BadImage(f"{name}: {e.strerror}") from e
 

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 _WHITEOUT, _OPAQUE = b".wh.", b".wh..wh..opq"
 _MOST_LINKS_FOLLOWED = 40  # MAXSYMLINKS of Linux
 _MOST_NAME = 255  # NAME_MAX; squashfs has 256
+_MOST_PATH = 4095  # PATH_MAX, whose last byte is the NUL
 _SHIFT = 32
 # Estimated bytes of memory: for a file, a directory, and the whole tree.
-_FILE_COST, _DIRECTORY_COST = 180, 420
+_FILE_COST, _DIRECTORY_COST, _LINK_COST = 180, 420, 200
 _MOST_MEMORY = 200 << 20
 
 
@@ -100,6 +101,7 @@ class Tree:
         for name, target in self._waiting:
             if not self._link(name, target):
                 raise BadImage(f"{name!r} is a hard link to {target!r}, which is not there")
+            self._memory -= _LINK_COST + len(name) + len(target)
         self._waiting.clear()
 
     def add(self, m: Member) -> None:
@@ -126,17 +128,21 @@ class Tree:
         if m.kind == HARD_LINK:
             name = b"/".join(parts)
             if not self._link(name, m.link):
+                self._spend(_LINK_COST + len(name) + len(m.link))
                 self._waiting.append((name, m.link))
             return
         self.newest = max(self.newest, m.mtime)
         parent, resolved = self._parent(parts)
         existing = parent.entries.get(last)
         if m.kind == DIRECTORY:
+            self._spend(_xattrs_cost(m.xattrs))
             if isinstance(existing, Directory):
+                if existing.meta is not None:
+                    self._memory -= _xattrs_cost(existing.meta.xattrs)
                 existing.meta, existing.touched = _meta(m), self.layer
                 return
             node: Node = Directory(_meta(m), self.layer)
-            self._spend(_DIRECTORY_COST + len(last) + sum(len(v) + 120 for _, v in m.xattrs))
+            self._spend(_DIRECTORY_COST + len(last))
         else:
             inode = (self.layer << _SHIFT) | m.ordinal
             node = Symlink(inode, m.link) if m.kind == SYMLINK else inode
@@ -149,29 +155,16 @@ class Tree:
     # The result
     def walk_directories(self) -> Iterator[tuple[bytes, Directory]]:
         """Every directory but the root, parents first, with its path."""
-        stack: list[tuple[bytes, Directory]] = [(b"", self.root)]
-        while stack:
-            path, directory = stack.pop()
-            if path:
-                yield path, directory
-            prefix = path + b"/" if path else b""
-            stack += [
-                (prefix + name, node)
-                for name, node in directory.entries.items()
-                if isinstance(node, Directory)
-            ]
+        return ((path, directory) for path, directory in self._walk() if path)
 
     def survivors(self) -> Survivors:
         """What is to be written of each layer. The tree is not changed any more."""
         live = [bytearray(count) for count in self.counts]
         names: dict[int, list[bytes]] = {}
-        stack: list[tuple[bytes, Directory]] = [(b"", self.root)]
-        while stack:
-            path, directory = stack.pop()
+        for path, directory in self._walk():
             prefix = path + b"/" if path else b""
             for name, node in directory.entries.items():
                 if isinstance(node, Directory):
-                    stack.append((prefix + name, node))
                     continue
                 inode = node if isinstance(node, int) else node.inode
                 live[layer_of(inode)][ordinal_of(inode)] = 1
@@ -188,6 +181,21 @@ class Tree:
         return found[0].entries.get(parts[-1]) if found else None
 
     # Steps
+    def _walk(self) -> Iterator[tuple[bytes, Directory]]:
+        """Every directory with its path, parents first. Those that wait share what is above them:
+        their whole paths would be megabytes where a few names are long."""
+        stack: list[tuple[bytes, bytes, Directory]] = [(b"", b"", self.root)]
+        while stack:
+            above, name, directory = stack.pop()
+            path = above + name
+            yield path, directory
+            prefix = path + b"/" if path else b""
+            stack += [
+                (prefix, name, node)
+                for name, node in directory.entries.items()
+                if isinstance(node, Directory)
+            ]
+
     def _put(self, parent: Directory, name: bytes, node: Node, existing: Node | None) -> None:
         if existing is not None:
             self._forget(existing, name)
@@ -206,15 +214,19 @@ class Tree:
         if isinstance(node, Directory):
             raise BadImage(f"{name!r} is a hard link to the directory {target!r}")
         parts = name.split(b"/")
-        parent, _ = self._parent(parts)
+        parent, resolved = self._parent(parts)
         existing = parent.entries.get(parts[-1])
         if existing != node:  # inodes by number, symbolic links by identity
             self._put(parent, parts[-1], node, existing)
             self._spend(_FILE_COST + len(parts[-1]))
         inode = node if isinstance(node, int) else node.inode
+        # Of what has several names, the result holds the whole path of each.
+        cost = len(resolved) + len(parts[-1]) if resolved is not None else len(name)
+        if inode not in self._linked and found is not None:
+            cost += len(b"/".join((*found[2], target_parts[-1])))
         self._linked.add(inode)
         self._upper_links.add((parent, parts[-1]))
-        self._spend(200)
+        self._spend(_LINK_COST + cost)
         return True
 
     def _whiteout(self, parts: list[bytes]) -> None:
@@ -258,6 +270,8 @@ class Tree:
         found = self._enter(parts[:-1], make=True)
         assert found is not None
         stack, path = found[1], b"/".join(found[2])
+        if len(path) + 1 + len(parts[-1]) > _MOST_PATH:
+            raise BadImage(f"the path {path[:60]!r}… has more than {_MOST_PATH} bytes")
         for directory in stack:
             directory.touched = self.layer
         resolved = path if path != key else None
@@ -323,6 +337,8 @@ class Tree:
             node, name = stack.pop()
             if isinstance(node, Directory):
                 self._memory -= _DIRECTORY_COST + len(name)
+                if node.meta is not None:
+                    self._memory -= _xattrs_cost(node.meta.xattrs)
                 stack += [(below, entry) for entry, below in node.entries.items()]
             else:
                 self._memory -= _FILE_COST + len(name)
@@ -375,6 +391,10 @@ def split_name(name: bytes) -> list[bytes]:
 def _check_part(part: bytes) -> None:
     if len(part) > _MOST_NAME:
         raise BadImage(f"the name {part[:60]!r}… has more than {_MOST_NAME} bytes")
+
+
+def _xattrs_cost(xattrs: tuple[tuple[bytes, bytes], ...]) -> int:
+    return sum(len(key) + len(value) + 120 for key, value in xattrs)
 
 
 def _meta(m: Member) -> Meta:

@@ -8,6 +8,7 @@ capped and checked here or by whoever gets the bytes.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_ENTRIES = 2_000_000
-_MAX_NAME = 4095
+"""How many files of one guest are listed, and how long all of their names may be together."""
+MAX_NAME_BYTES = 256 << 20
+MAX_NAME = 4095
+# A component that is empty or leads elsewhere; NUL, which ends names where they are lists.
+_ODD_NAME = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0")
 _ENTRY = struct.Struct("<IQQQQH")
 _RECORD = struct.Struct("<QQQ")
 _STDERR = 4096
@@ -167,16 +172,20 @@ class GuestFiles:
         asked for; None when the directory is not there.
 
         Raises:
-            BangerError: it cannot be read; more than `MAX_ENTRIES` entries, or a malformed one.
+            BangerError: it cannot be read; more than `MAX_ENTRIES` entries or `MAX_NAME_BYTES`, or
+                a malformed one.
         """
         doing = f"listing {path} in the guest"
         found: dict[bytes, Entry] = {}
         try:
             with self.exchange("scan", {"path": path, "git": inside_git}, doing) as channel:
                 data = DataReader(channel, doing)
-                rest = b""
+                rest, room = b"", MAX_NAME_BYTES
                 while (chunk := data.next_chunk()) is not None:
-                    rest = _parse_entries(rest + chunk, found, doing)
+                    rest, used = _parse_entries(rest + chunk, found, doing)
+                    room -= used
+                    if room < 0:
+                        raise BangerError("operation_failed", f"{doing}: its names have no end")
                 data.finish(Transferred)
         except BangerError as e:
             if e.code == "not_found":
@@ -345,9 +354,11 @@ class GuestFiles:
                     raise decode(payload, WireError, doing).exception()
 
 
-def _parse_entries(data: bytes, found: dict[bytes, Entry], doing: str) -> bytes:
-    """Take whole entries off the front of `data`; return what is left."""
+def _parse_entries(data: bytes, found: dict[bytes, Entry], doing: str) -> tuple[bytes, int]:
+    """Take whole entries off the front of `data`; return what is left, and the length of their
+    names."""
     at, end, fixed = 0, len(data), _ENTRY.size
+    used = 0
     unpack = _ENTRY.unpack_from
     while at + fixed <= end:
         mode, size, ino, mtime, ctime, length = unpack(data, at)
@@ -355,11 +366,14 @@ def _parse_entries(data: bytes, found: dict[bytes, Entry], doing: str) -> bytes:
         if start + length > end:
             break
         name = data[start : start + length]
-        if not 0 < length <= _MAX_NAME or name in found or len(found) >= MAX_ENTRIES:
+        if not 0 < length <= MAX_NAME or name in found or len(found) >= MAX_ENTRIES:
             raise BangerError(
                 "operation_failed",
                 f"{doing}: more than {MAX_ENTRIES} names, or one that is twice there",
             )
+        if _ODD_NAME.search(name):
+            raise BangerError("operation_failed", f"{doing}: a name that no directory holds")
         found[name] = Entry(mode, size, Record(ino, mtime, ctime))
         at = start + length
-    return data[at:]
+        used += length
+    return data[at:], used

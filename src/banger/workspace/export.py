@@ -24,7 +24,15 @@ from banger.workspace.manifest import Manifest, ShippedFile
 from banger.workspace.names import format_name
 from banger.workspace.tar import TarWriter
 from banger.workspace.tar_reader import TarReader
-from banger.workspace.view import Content, View, fetch, git_mode, look, warn_of_nested
+from banger.workspace.view import (
+    Content,
+    View,
+    directories,
+    fetch,
+    git_mode,
+    look,
+    warn_of_nested,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -115,6 +123,9 @@ def export_tar(source: Source, out: BinaryIO) -> Exported:
                     if member.kind == "directory":
                         continue
                     raise BangerError("operation_failed", f"{doing}: a file that was not asked for")
+                if any(above in view.files for above in directories(member.name)):
+                    # Whoever unpacks it would follow the file above, should that be a link.
+                    raise BangerError("operation_failed", f"{doing}: a file below a file")
                 directory = member.name.rpartition(b"/")[0]
                 if directory:
                     writer.directory(directory, mtime=member.mtime)

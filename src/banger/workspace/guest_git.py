@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from banger.errors import BangerError
+from banger.rpc.trees import MAX_ENTRIES, MAX_NAME, MAX_NAME_BYTES
 from banger.workspace.tar_reader import TarReader
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from banger.rpc.trees import GuestFiles
 
 _MAX_SMALL = 64 << 20
-_MAX_INDEX = 1 << 30
+_MAX_INDEX = 1 << 29  # 2,000,000 entries take no more
 _OID = re.compile(rb"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _EXTENDED = 0x4000
 _SKIP_WORKTREE = 0x4000
@@ -168,7 +169,11 @@ def _entries(index: bytes, hash_bytes: int) -> tuple[list[tuple[bytes, int, bool
     magic, version, count = struct.unpack_from(">4sII", index)
     if magic != b"DIRC" or version not in (2, 3, 4):
         raise ValueError("not an index of a known version")
+    if count > MAX_ENTRIES:
+        raise ValueError(f"more than {MAX_ENTRIES} names")
     at, name, entries = 12, b"", []
+    # In version 4 a few bytes stand for a whole name: all of it but its end is that of the last.
+    room = MAX_NAME_BYTES
     for _ in range(count):
         start = at
         mode = int.from_bytes(index[at + 24 : at + 28], "big")
@@ -190,6 +195,9 @@ def _entries(index: bytes, hash_bytes: int) -> tuple[list[tuple[bytes, int, bool
             end = index.index(b"\0", at)
             name = index[at:end]
             at = start + ((end - start) // 8 + 1) * 8
+        room -= len(name)
+        if len(name) > MAX_NAME or room < 0:
+            raise ValueError("names that are too long")
         entries.append((name, mode, skip))
     return entries, at
 

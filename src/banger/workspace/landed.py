@@ -19,7 +19,7 @@ from banger.files import is_abandoned, remove_tree, staging_directory
 from banger.workspace.export import Change
 from banger.workspace.index import EXECUTABLE, REGULAR, SYMLINK
 from banger.workspace.landing import Landing
-from banger.workspace.names import check_name, format_names
+from banger.workspace.names import check_name, format_name, format_names
 from banger.workspace.tar import TarWriter
 from banger.workspace.tar_reader import TarReader, split_name
 from banger.workspace.tree_id import TreeHasher
@@ -178,6 +178,9 @@ def apply_changes(host: HostFacts, changes: list[Change], stream: BinaryIO) -> A
             for change in changes:
                 if change.after is None and change.name in wanted:
                     _remove(root, change.name)
+            for change in changes:
+                if change.after is not None and change.name in wanted:
+                    _clear(root, change.name)
         doing = f"applying the changes to {root}"
         with step("apply.move"), Landing(root, doing) as landing, Landing(staging, doing) as source:
             for change in changes:
@@ -278,3 +281,23 @@ def _remove(root: Path, name: bytes) -> None:
                 os.rmdir(parts[depth - 1], dir_fd=landing.directory(parts[: depth - 1]))
             except OSError:
                 return
+
+
+def _clear(root: Path, name: bytes) -> None:
+    """Remove the empty directories that a file takes the place of; rmdir(2) takes nothing else."""
+    with WorkTree(root) as tree:
+        st = tree.find(name)
+    if st is None or not stat.S_ISDIR(st.st_mode):
+        return
+    with WorkTree(root / os.fsdecode(name)) as tree:
+        inside = [name + b"/" + n for n, kind in tree.walk() if kind == stat.S_IFDIR]
+    doing = f"applying the changes to {root}"
+    with Landing(root, doing) as landing:
+        for directory in (*reversed(inside), name):
+            parts = directory.split(b"/")
+            try:
+                os.rmdir(parts[-1], dir_fd=landing.directory(parts[:-1]))
+            except OSError as e:
+                raise BangerError(
+                    "operation_failed", f"{doing}: removing {format_name(directory)}: {e.strerror}"
+                ) from e

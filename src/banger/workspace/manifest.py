@@ -93,10 +93,11 @@ def find_manifest(directory: Path, guest_path: str) -> Manifest | None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Keep a manifest, in one piece. Raises OSError."""
+    """Keep a manifest, in one piece; what was offered before is out of date. Raises OSError."""
     path = manifest_path(directory, manifest.workspace.guest_path)
     with step("prepare.record"):
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        _forget_offers(path)
         write_atomic(path, msgspec.msgpack.encode(manifest))
 
 
@@ -104,11 +105,15 @@ def write_offer(directory: Path, manifest: Manifest) -> str:
     """Keep a manifest aside until the host has what it says; the id of this offer. An earlier one
     of the same guest path is forgotten. Raises OSError."""
     path = manifest_path(directory, manifest.workspace.guest_path)
-    for old in path.parent.glob(f"{path.stem}.offer-*"):
-        old.unlink(missing_ok=True)
+    _forget_offers(path)
     offer = os.urandom(8).hex()
     write_atomic(path.with_suffix(f".offer-{offer}"), msgspec.msgpack.encode(manifest))
     return offer
+
+
+def _forget_offers(path: Path) -> None:
+    for old in path.parent.glob(f"{path.stem}.offer-*"):
+        old.unlink(missing_ok=True)
 
 
 def accept_offer(directory: Path, guest_path: str, offer: str) -> bool:

@@ -235,8 +235,13 @@ def _find_lost(
         if now is not None and now[:2] != (want.mode, want.oid):
             lost.add(name)
         elif name in above:
-            # A directory gives way when all that is in it was shipped and goes.
-            inside = [n for n in scan if n.startswith(name + b"/") and not _is_dir(scan[n])]
+            # A directory gives way when all that is in it was shipped and goes; nobody has looked
+            # into a `.git`, which may hold commits.
+            inside = [
+                n
+                for n in scan
+                if n.startswith(name + b"/") and (not _is_dir(scan[n]) or n.endswith(b"/.git"))
+            ]
             lost.update(n for n in inside if n not in manifest.files)
         for directory in directories(name):
             entry = scan.get(directory)
