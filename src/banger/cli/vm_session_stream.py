@@ -21,6 +21,7 @@ from banger.cli.server import Server
 from banger.cli.vm_session import format_dropped, session_argument, vm_argument
 from banger.errors import BangerError
 from banger.rpc.frames import FrameDecoder, FrameType, encode
+from banger.terminal_text import TerminalText
 
 if TYPE_CHECKING:
     import socket
@@ -164,15 +165,26 @@ def follow_on_stderr(sock: socket.socket, access: r.AgentAccess, session: str) -
 
 
 def _show(connection: _Connection, *, stdout: BinaryIO | None = None) -> _LogEnd:
-    """Write output frames to the streams that they are of, up to the result."""
+    """Write output frames to the streams that they are of, up to the result. A terminal gets the
+    text and its colours, and nothing else that it would act on."""
     outputs = {FrameType.STDOUT: stdout or sys.stdout.buffer, FrameType.STDERR: sys.stderr.buffer}
-    for kind, payload in connection.frames():
-        if kind is FrameType.RESULT:
-            return stream.decoded(payload, _LogEnd)
-        if kind in outputs:
-            outputs[kind].write(payload)
-            outputs[kind].flush()
-    raise _lost()
+    colours = not os.environ.get("NO_COLOR")
+    texts = {k: TerminalText(colours=colours) for k, out in outputs.items() if out.isatty()}
+
+    def show(kind: FrameType, data: bytes) -> None:
+        outputs[kind].write(data)
+        outputs[kind].flush()
+
+    try:
+        for kind, payload in connection.frames():
+            if kind is FrameType.RESULT:
+                return stream.decoded(payload, _LogEnd)
+            if kind in outputs:
+                show(kind, texts[kind].feed(payload) if kind in texts else payload)
+        raise _lost()
+    finally:
+        for kind, text in texts.items():
+            show(kind, text.finish())
 
 
 class _Attachment:

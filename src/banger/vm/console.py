@@ -1,29 +1,15 @@
-"""The guest's console: its tail for errors, its text made harmless for a terminal."""
+"""The guest's console: its tail for errors."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
+
+from banger.terminal_text import clean
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _TAIL_BYTES = 64 << 10
-# Everything that moves a cursor, sets a title or answers back: guests write what they like.
-_ESCAPES = re.compile(
-    rb"\x1b\[[0-9;?]*[ -/]*[@-~]"  # CSI
-    rb"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC
-    rb"|\x1b[@-_]"
-    rb"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]"
-)
-# U+0080 to U+009F in UTF-8: CSI and OSC as one character, which some terminals obey.
-_C1 = re.compile(rb"\xc2+[\x80-\x9f]+")
-
-
-def clean(data: bytes) -> bytes:
-    """Console bytes without control sequences, with plain newlines."""
-    plain = _ESCAPES.sub(b"", data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
-    return _C1.sub(b"", plain.replace(b"\x1b", b""))
 
 
 def tail(path: Path, lines: int, *, start: int = 0) -> list[str]:

@@ -14,6 +14,7 @@ from banger.errors import BangerError
 from banger.files import aside, free_bytes
 from banger.host.usage import read_usage
 from banger.store.vms import now_text
+from banger.terminal_text import TerminalText
 from banger.vm import console
 from banger.vm.cleanup import is_live
 
@@ -111,7 +112,7 @@ async def logs(
     What was moved aside because the console had grown too long comes first.
     """
     path = ctx.vm_paths(vm.id).console
-    position = 0
+    position, text = 0, TerminalText()
     if tail is not None:
         lines = console.tail(path, tail)
         if len(lines) < tail:
@@ -121,14 +122,18 @@ async def logs(
             yield ("\n".join(lines) + "\n").encode()
     else:
         async for data in _earlier(aside(path)):
-            yield data
+            if shown := text.feed(data):
+                yield shown
     while True:
         live = is_live(ctx, ctx.store.resolve(vm.id)) if follow else False
         data, position = await asyncio.to_thread(_read_from, path, position)
         if data:
-            yield console.clean(data)
+            if shown := text.feed(data):
+                yield shown
             continue
         if not live:
+            if shown := text.finish():
+                yield shown
             return
         # A regular file cannot be waited for; the console is for people, who read slower.
         await asyncio.sleep(_FOLLOW_S)
@@ -140,7 +145,7 @@ async def _earlier(path: Path) -> AsyncIterator[bytes]:
         data, position = await asyncio.to_thread(_read_from, path, position)
         if not data:
             return
-        yield console.clean(data)
+        yield data
 
 
 def _read_from(path: Path, position: int) -> tuple[bytes, int]:
@@ -149,8 +154,7 @@ def _read_from(path: Path, position: int) -> tuple[bytes, int]:
             if f.seek(0, 2) < position:
                 position = 0  # it was emptied meanwhile
             f.seek(position)
-            # Not half a character, which would escape the cleaning of either half.
-            data = f.read(_CHUNK).rstrip(b"\xc2")
+            data = f.read(_CHUNK)
             return data, position + len(data)
     except FileNotFoundError:
         return b"", position

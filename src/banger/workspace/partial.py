@@ -164,6 +164,8 @@ class Partial:
     def place(self, mode: int) -> None:
         """It is whole: it gets permission bits and its name, in place of what has it."""
         os.fchmod(self._fd, mode & 0o777)
+        # A name for what is on the disk: after a power cut it is not a shorter file.
+        os.fsync(self._fd)
         os.rename(self._name, self._target, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._placed = True
 
