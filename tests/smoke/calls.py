@@ -86,9 +86,8 @@ class Caller:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=CALL_S,
             check=False,
-            **{**self._identity(), **options},
+            **{"timeout": CALL_S, **self._identity(), **options},
         )
         return Done(done.returncode, done.stdout, done.stderr)
 

@@ -17,6 +17,7 @@ import pytest
 
 from banger.api import catalog as c
 from banger.api import params as p
+from banger.api.records import ImageConfig
 from banger.catalog.index import bundle_name
 from banger.catalog.published import find_published
 from banger.config.paths import Paths
@@ -25,8 +26,15 @@ from banger.daemon import container_images as containers
 from banger.disk.cpio import read_members
 from banger.errors import BangerError
 from banger.image import build
-from banger.image.entries import check_image_files, find_image, list_images, verify_image
-from banger.image.published import pull_published
+from banger.image.entries import (
+    check_image_files,
+    find_image,
+    find_manifest,
+    list_images,
+    verify_image,
+    write_manifest,
+)
+from banger.image.published import export_image, pull_published
 from banger.kernel import given as kernel_given
 from banger.kernel import published as kernel_published
 from banger.kernel import pull as kernel_pull
@@ -38,6 +46,7 @@ from banger.kernel.requirements import (
     find_missing_options,
 )
 from banger.progress import Silent
+from banger.zstd import bounded_decompressor
 from fakes.publishing import (
     CATALOG_IMAGE,
     CATALOG_KERNEL,
@@ -321,6 +330,31 @@ async def test_a_registered_file_that_was_changed_is_not_promoted(place: Place) 
         await given.image_promote(place.daemon, place.report, p.NameRef(name="mine"))  # type: ignore[arg-type]
     assert caught.value.reason == "files_changed"
     assert [f.name for f in (place.daemon.paths.images / image.id).iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        ("docker-archive:/home/somebody/secret/app.tar:v1", "docker-archive:app.tar:v1"),
+        ("oci:/home/somebody/secret/layout/", "oci:layout"),
+        ("registry.example/team/app:v1", "registry.example/team/app:v1"),
+    ],
+)
+async def test_an_exported_image_does_not_tell_where_its_archive_lay(
+    place: Place, reference: str, told: str
+) -> None:
+    record = await place.register()
+    directory = place.daemon.paths.images / record.id
+    manifest = find_manifest(directory)
+    assert manifest is not None
+    config = ImageConfig(reference=reference, digest="sha256:0")
+    write_manifest(directory, msgspec.structs.replace(manifest, oci=config, description=reference))
+    out = io.BytesIO()
+    done = await export_image(place.daemon.paths, "mine", write=out.write, reporter=Silent())
+    unpacked = bounded_decompressor().decompress(out.getvalue())
+    assert b"somebody" not in unpacked
+    assert done.description == told
+    assert f'"reference": "{told}"'.encode() in unpacked
 
 
 async def test_an_image_that_a_vm_uses_is_not_deleted(place: Place) -> None:

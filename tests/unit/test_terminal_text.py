@@ -14,7 +14,8 @@ from banger.terminal_text import TerminalText, clean
 # Random bytes are hardly ever a sequence.
 PARTS = [
     b"a", b"text", b"\r", b"\n", b"\r\n", b"\t", b"\x1b", b"[", b"]", b"0;", b"31", b"m", b"H",
-    b"\x07", b"\\", b"\xc2", b"\x9b", b"\x1b[31m", b"\x1b]0;title\x07", b"\xc3\xbc", b"\x00", b"\x7f",
+    b"\x07", b"\\", b"\xc2", b"\x9b", b"\x1b[31m", b"\x1b]0;title\x07", b"\xc3\xbc",
+    b"\x00", b"\x7f",
 ]  # fmt: skip
 GUEST = st.one_of(st.binary(max_size=200), st.lists(st.sampled_from(PARTS)).map(b"".join))
 

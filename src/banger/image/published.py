@@ -31,6 +31,7 @@ from banger.image.entries import (
     write_manifest,
 )
 from banger.image.filesystem import ROOTFS_FILES, rootfs_name
+from banger.oci.reference import FileReference, parse_reference
 from banger.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def _export(paths: Paths, name: str, write: Callable[[bytes], object], job: Job)
     record = get_image(paths, name)
     stored = find_manifest(paths.images / record.id)
     assert stored is not None
+    stored = _without_places(stored)
     rootfs = Path(record.rootfs_path)
     doing = f"exporting the image {record.name}"
     job.stage("export", f"{doing}, {format_size(record.rootfs_bytes)}")
@@ -174,5 +176,22 @@ def _export(paths: Paths, name: str, write: Callable[[bytes], object], job: Job)
         distro=record.distro,
         arch=record.arch,
         kernel_ref=record.kernel_ref,
-        description=record.description,
+        description=stored.description,
+    )
+
+
+def _without_places(manifest: ImageManifest) -> ImageManifest:
+    """Where the archive of a container image lay is nobody else's business; its name stays."""
+    if manifest.oci is None or not manifest.oci.reference:
+        return manifest
+    reference = parse_reference(manifest.oci.reference)
+    if not isinstance(reference, FileReference):
+        return manifest
+    name = reference.path.rstrip("/").rpartition("/")[2]
+    told = str(msgspec.structs.replace(reference, path=name))
+    said = manifest.description == manifest.oci.reference
+    return msgspec.structs.replace(
+        manifest,
+        description=told if said else manifest.description,
+        oci=msgspec.structs.replace(manifest.oci, reference=told),
     )

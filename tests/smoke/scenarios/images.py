@@ -12,6 +12,8 @@ from tests.smoke import guests
 from tests.smoke.calls import banger, expect
 from tests.smoke.registry import scenario
 
+# The whole root filesystem is read by an emulated guest.
+_BUILD_S = 900
 _SCRIPT = """\
 echo 'made by a script' > /root/made
 echo here > /etc/made
@@ -25,7 +27,8 @@ def image_build() -> None:
     base = banger.json("image", "list", "--json")[0]["name"]
     script = Path(guests.owner_home()) / "setup.sh"
     script.write_text(_SCRIPT)
-    banger("image", "build", "--name", "made", "--from-image", base, "--script", str(script))
+    banger("image", "build", "--name", "made", "--from-image", base, "--script", str(script),
+           timeout=_BUILD_S)  # fmt: skip
     expect(banger.vm_names() == names, "the machine of the build is left")
     out = banger("vm", "run", "--rm", "--image", "made", "--", "cat", "/root/made", "/etc/made")
     expect(out == "made by a script\nhere\n", f"the image has {out!r}")
