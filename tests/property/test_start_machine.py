@@ -236,7 +236,7 @@ class Lives(RuleBasedStateMachine):
             self.runner.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_whatever_happens_rows_leases_and_machines_agree() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bt"))
     try:

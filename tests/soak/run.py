@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--only", choices=("properties", "cycles"))
     options = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        # Not to be noticed when an hour has been measured.
+        say("the pictures need matplotlib, which `make soak` installs")
+        return 2
     passed = True
     if options.only != "cycles":
         passed = run_properties()
