@@ -148,7 +148,7 @@ def _build(place: Path) -> None:
     paths = paths_of(place)
     if find_image(paths, "own") is None:
         recipe = load_recipe("debian-bookworm-minimal")
-        publish_build(paths, recipe, "own", place / "built", Job())
+        publish_build(paths, recipe, "own", place / "built", Job(), None, lambda _: None)
 
 
 # Kernels

@@ -459,16 +459,20 @@ class Life(RuleBasedStateMachine):
             self.banger.crash()
         finally:
             self.world.faults.clear()
-        for name, known in list(self.vms.items()):
-            if known.states == {"error"}:
-                # It tries again to give back what it holds, with success or without.
-                self.learn(name)
-                assert name in self.vms, "a VM that somebody was told of is gone"
-                assert self.vms[name].states <= {"error", "stopped"}
+        self.learn_of_the_next_daemon()
 
     @rule()
     def restart_daemon(self) -> None:
         self.banger.restart()
+        self.learn_of_the_next_daemon()
+
+    def learn_of_the_next_daemon(self) -> None:
+        """It tries again to give back what a VM in error holds, with success or without."""
+        for name, known in list(self.vms.items()):
+            if known.states == {"error"}:
+                self.learn(name)
+                assert name in self.vms, "a VM that somebody was told of is gone"
+                assert self.vms[name].states <= {"error", "stopped"}
 
     @rule(name=NAMES, ordered=trouble)
     def machine_dies(self, name: str, ordered: Ordered) -> None:

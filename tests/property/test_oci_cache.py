@@ -91,7 +91,8 @@ class Cache(RuleBasedStateMachine):
         """What the kernel does with the descriptors of a killed pull; its transfer stays."""
         if self.pulls:
             self.end(data)
-        self.fetching.mkdir(parents=True, exist_ok=True)
+        for directory in (self.blobs, self.fetching):
+            directory.mkdir(parents=True, exist_ok=True)
         (self.fetching / f"{name}.part").write_bytes(BLOBS[name][:3])
 
     @rule(name=NAMES)

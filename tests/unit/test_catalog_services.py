@@ -335,8 +335,8 @@ async def test_a_registered_file_that_was_changed_is_not_promoted(place: Place) 
 @pytest.mark.parametrize(
     ("reference", "told"),
     [
-        ("docker-archive:/home/somebody/secret/app.tar:v1", "docker-archive:app.tar:v1"),
-        ("oci:/home/somebody/secret/layout/", "oci:layout"),
+        ("docker-archive:/srv/somebody/secret/app.tar:v1", "docker-archive:app.tar:v1"),
+        ("oci:/srv/somebody/secret/layout/", "oci:layout"),
         ("registry.example/team/app:v1", "registry.example/team/app:v1"),
     ],
 )
