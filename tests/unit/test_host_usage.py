@@ -19,7 +19,7 @@ class Kernel:
     """Files as a kernel shows them, for process 42."""
 
     def __init__(self, root: Path) -> None:
-        self.proc, self.sys = root / "proc", root / "sys"
+        self.proc = root / "proc"
         # The name of a program may look like fields.
         numbers = ["S", *"1 42 42 0 -1 0 0 0 0 0".split(), "150", "50", *"0 0 20 0".split()]
         stat = f"42 (a) S (b) {' '.join([*numbers, '7', '0', '99', '123456', '1000'])}\n"
@@ -44,7 +44,7 @@ class Kernel:
             self.write(f"cgroup/banger/{name}/{file.replace('_', '.')}", text)
 
     def read(self, tap: str | None = None) -> Usage:
-        return read_usage(42, VM_ID, tap, proc=self.proc, sys=self.sys)
+        return read_usage(42, VM_ID, tap, proc=self.proc)
 
 
 @pytest.fixture
@@ -86,14 +86,16 @@ def test_cgroup_without_controllers_leaves_the_process_to_tell(kernel: Kernel) -
 
 
 def test_tap_counts_from_the_hosts_side(kernel: Kernel) -> None:
-    kernel.write("sys/class/net/tap-fc-1/statistics/rx_bytes", "11\n")
-    kernel.write("sys/class/net/tap-fc-1/statistics/tx_bytes", "22\n")
+    table = "Inter-|   Receive\n face |bytes    packets\n"
+    for name, sent, received in (("tap-fc-11", 33, 44), ("tap-fc-1", 11, 22)):
+        table += f"{name:>6}: {sent:7} 1 0 0 0 0 0 0 {received:8} 2 0 0 0 0 0 0\n"
+    kernel.write("proc/self/net/dev", table)
     usage = kernel.read("tap-fc-1")
     assert (usage.sent_bytes, usage.received_bytes) == (11, 22)
 
 
 def test_process_that_has_ended_uses_nothing(tmp_path: Path) -> None:
-    usage = read_usage(42, VM_ID, "gone", proc=tmp_path, sys=tmp_path)
+    usage = read_usage(42, VM_ID, "gone", proc=tmp_path)
     assert (usage.rss_bytes, usage.cpu_s, usage.sent_bytes) == (0, 0.0, None)
 
 

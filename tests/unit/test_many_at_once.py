@@ -6,6 +6,7 @@ Every test has a watchdog: what hangs is shown, task by task.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import threading
@@ -274,6 +275,25 @@ def test_create_that_hangs_holds_nobody_up(banger: Installation, point: str) -> 
     wait_until(lambda: banger.world.census() == EMPTY)
 
 
+def test_machine_that_a_stop_has_ended_is_not_said_to_have_ended_by_itself(
+    banger: Installation,
+) -> None:
+    create(banger, "web")
+    reached = banger.world.faults.hang_elsewhere("host.release")
+
+    def ask() -> None:
+        with contextlib.suppress(BangerError):
+            banger.call("vm.stop", p.StopVm(vm="web"))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert reached.wait(10)
+    shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
+    assert (shown.state, shown.last_error) == ("stopped", None)
+    banger.crash()
+    asking.join(10)
+
+
 def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clients) -> None:
     """The machine ended by itself, and the helper does not come back from giving its tap back."""
     vm = create(banger, "web")
@@ -282,7 +302,7 @@ def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clie
     assert reached.wait(10)
     assert states(banger) == {"web": "stopped"}, "it has ended, whatever is left of it"
     shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
-    assert (shown.state, shown.last_error) == ("stopped", "the machine ended by itself")
+    assert (shown.state, shown.last_error) == ("stopped", "the machine ended by itself (status 0)")
     everything_else_works(banger)
     banger.crash()
     assert states(banger) == {"web": "stopped"}

@@ -2,7 +2,7 @@
 
 Of the cgroup only what is the VM's alone is taken: in a container, or where no lease made one, the
 VMM sits in a cgroup with others. Every counter may be missing; then it is None.
-Sources: cgroup-v2.rst, proc_pid_stat(5), proc_pid_io(5), sysfs-class-net-statistics.
+Sources: cgroup-v2.rst, proc_pid_stat(5), proc_pid_io(5), proc_net(5).
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     received_bytes: int | None
 
 
-def read_usage(
-    pid: int, vm_id: str, tap: str | None, *, proc: Path = Path("/proc"), sys: Path = Path("/sys")
-) -> Usage:
+def read_usage(pid: int, vm_id: str, tap: str | None, *, proc: Path = Path("/proc")) -> Usage:
     """What the VMM `pid` of a VM uses, and what went through its tap."""
     process = proc / str(pid)
     group = _find_cgroup(process, vm_id, proc)
@@ -49,7 +47,7 @@ def read_usage(
         usage = _keyed(_read(group / "cpu.stat")).get("usage_usec")
         cpu_s = max(cpu_s, usage / 1e6) if usage is not None else cpu_s
     read, written = _transferred(process, group)
-    statistics = sys / "class" / "net" / tap / "statistics" if tap else None
+    sent, received = _passed(proc, tap) if tap else (None, None)
     return Usage(
         rss_bytes=rss,
         cpu_s=round(cpu_s, 3),
@@ -58,10 +56,21 @@ def read_usage(
         memory_limit_bytes=_number(group / "memory.max") if group else None,
         read_bytes=read,
         written_bytes=written,
-        # What a tap receives is what its guest sends.
-        sent_bytes=_number(statistics / "rx_bytes") if statistics else None,
-        received_bytes=_number(statistics / "tx_bytes") if statistics else None,
+        sent_bytes=sent,
+        received_bytes=received,
     )
+
+
+def _passed(proc: Path, tap: str) -> tuple[int | None, int | None]:
+    """Bytes that a guest has sent through its tap, and received."""
+    # Of our network namespace whatever is mounted as /sys, where they stand as well.
+    for line in _read(proc / "self" / "net" / "dev").splitlines():
+        name, _, counters = line.partition(":")
+        fields = counters.split()
+        if name.strip() == tap and len(fields) > 8:
+            # What a tap receives is what its guest sends.
+            return int(fields[0]), int(fields[8])
+    return None, None
 
 
 def _find_cgroup(process: Path, vm_id: str, proc: Path) -> Path | None:

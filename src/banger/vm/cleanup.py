@@ -52,12 +52,12 @@ def as_it_is(ctx: VmContext, vm: VmRecord) -> VmRecord:
     """The record, for people: one that says running of a machine that has ended says stopped.
 
     Whoever ends it, or its watcher, corrects the row when what it held has been given back; nobody
-    who only looks waits for that.
+    who only looks waits for that. Of one that a call has just ended nobody says that it did so by
+    itself.
     """
     if vm.state == "running" and not is_live(ctx, vm) and vm.id not in ctx.undecided:
-        return msgspec.structs.replace(
-            vm, state="stopped", boot_id=None, last_error="the machine ended by itself"
-        )
+        why = vm.last_error if ctx.is_locked(vm.id) else "the machine ended by itself"
+        return msgspec.structs.replace(vm, state="stopped", boot_id=None, last_error=why)
     return vm
 
 

@@ -419,7 +419,9 @@ async def watch(ctx: VmContext, vm_id: str, process: ProcessRef) -> None:
             return
         how = f" ({status})" if status is not None else ""
         log.warning("VM %s: the machine ended by itself%s", vm.name, how)
-        await reset(ctx, vm, last_error=f"the machine ended by itself{how}")
+        why = f"the machine ended by itself{how}"
+        # First, for those who look while what it held is given back.
+        await reset(ctx, ctx.store.update(vm_id, last_error=why), last_error=why)
 
 
 def _size(plan: StartPlan) -> int:
