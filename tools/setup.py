@@ -270,7 +270,11 @@ def _find_stored(kind: str, name: str) -> Path | None:
         check=False,
     )
     if asked.returncode != 0:
-        raise StepFailed(f"banger {kind} list --json ended with status {asked.returncode}")
+        # With --json the reason is there as well, in place of the result.
+        said = asked.stdout.decode(errors="replace")
+        raise StepFailed(
+            f"banger {kind} list --json ended with status {asked.returncode}\n{said.rstrip()}"
+        )
     for row in json.loads(asked.stdout):
         if row["name"] == name:
             return state_dir() / f"{kind}s" / (row["id"] if kind == "image" else name)

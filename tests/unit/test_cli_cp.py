@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from banger.cli.server import Server
+from banger.errors import BangerError
 from banger.workspace.partial import Partial, part_name
 from fakes.agent import Agent, running_agent
 from fakes.command_line import CommandLine
@@ -68,6 +69,19 @@ def test_directory_goes_in_and_comes_out_the_same(
     assert banger("vm", "cp", f"web:{there}", str(tmp_path / "back")).status == 0
     assert describe(tmp_path / "back") == expected
     assert there.stat().st_mode == here.stat().st_mode
+
+
+def test_vm_that_is_not_there_is_named_and_not_its_file(
+    banger: CommandLine, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BangerError("not_found", "there is no VM 'web'", hint="banger vm list")
+
+    monkeypatch.setattr(Server, "call_with_fd", refuse)
+    for words in (("web:/x", str(tmp_path)), ("web:/x", "-"), (str(here), "web:/x")):
+        done = banger("vm", "cp", *words)
+        assert done.status == 1
+        assert "there is no VM 'web'\nhint: banger vm list" in done.err
 
 
 def test_existing_directory_takes_the_thing_itself(

@@ -104,6 +104,7 @@ class GuestFiles:
         self._guard = threading.Lock()
         self._open: set[socket.socket] = set()
         self._cancelled = False
+        self._unreached: BangerError | None = None
 
     @property
     def cancelled(self) -> bool:
@@ -126,7 +127,11 @@ class GuestFiles:
         Raises:
             BangerError: the agent's own error; connection_lost; cancelled.
         """
-        sock = self._connect()
+        try:
+            sock = self._connect()
+        except BangerError as e:
+            self._unreached = e
+            raise
         sock.setblocking(True)
         with self._guard:
             self._open.add(sock)
@@ -146,6 +151,10 @@ class GuestFiles:
                 self._open.discard(sock)
             sock.close()
 
+    def _is_absent(self, error: BangerError) -> bool:
+        """Whether the agent says that a path is not there; the VM may not be there either."""
+        return error.code == "not_found" and error is not self._unreached
+
     def call(self, method: str, params: dict[str, Any], doing: str) -> Any:
         """A method with one result, which is for the caller to check.
 
@@ -161,7 +170,7 @@ class GuestFiles:
         try:
             return msgspec.convert(self.call("stat", {"path": path}, doing), type=PathFacts)
         except BangerError as e:
-            if e.code == "not_found":
+            if self._is_absent(e):
                 return None
             raise
         except msgspec.ValidationError as e:
@@ -188,7 +197,7 @@ class GuestFiles:
                         raise BangerError("operation_failed", f"{doing}: its names have no end")
                 data.finish(Transferred)
         except BangerError as e:
-            if e.code == "not_found":
+            if self._is_absent(e):
                 return None
             raise
         if rest:
