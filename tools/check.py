@@ -8,6 +8,7 @@ when any did. Groups: `lint`, `unit`, `all`; or single stages by name.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,9 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # A shell starts what it puts into the background with SIGINT ignored, and so would be the
+    # programs to which tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
