@@ -315,11 +315,8 @@ def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -
     assert banger.world.census() == EMPTY
 
 
-@pytest.mark.parametrize("rm", [False, True])
-def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
-    banger: Installation, monkeypatch: pytest.MonkeyPatch, rm: bool
-) -> None:
-    """Its client has no connection yet, and hears that everything was given back."""
+def hang_before_the_connection(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A run whose VM is up hangs, and its client has no connection yet; set when it does."""
     reached = threading.Event()
 
     async def hang(*_: object, **__: object) -> None:
@@ -327,6 +324,15 @@ def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(runs, "answer_with_agent", hang)
+    return reached
+
+
+@pytest.mark.parametrize("rm", [False, True])
+def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
+    banger: Installation, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    """Its client has no connection yet, and hears that everything was given back."""
+    reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"), rm=rm)) as call:
         assert reached.wait(10)
         assert banger.call("vm.list", {}, list[VmRecord])[0].state == "running"
@@ -339,13 +345,7 @@ def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
 def test_run_whose_vm_cannot_be_given_back_says_so(
     banger: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached = threading.Event()
-
-    async def hang(*_: object, **__: object) -> None:
-        reached.set()
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(runs, "answer_with_agent", hang)
+    reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"))) as call:
         assert reached.wait(10)
         banger.world.faults.fail("host.release")

@@ -16,6 +16,7 @@ from banger.api.records import ImageRecord
 from banger.cli import sizing
 from banger.cli.complete import FEATURE, IMAGE, KERNEL, RECIPE
 from banger.cli.draw import print_json, progress, quiet_option, verbose_option
+from banger.cli.errors import warn
 from banger.cli.image_command import absolute_image
 from banger.cli.server import Server
 from banger.errors import BangerError
@@ -108,7 +109,7 @@ def build(
     ):
         image = call.result(ImageRecord)
     for missing in image.optional_missing:
-        sys.stderr.write(f"banger: warning: the optional {missing} could not be had\n")
+        warn(f"warning: the optional {missing} could not be had")
     if output is not None:
         image = _move_out(image, output)
     if as_json:

@@ -17,6 +17,7 @@ from banger.catalog.index import (
     with_entry,
 )
 from banger.cli.bundles import read_secret_key
+from banger.cli.errors import warn
 from banger.errors import BangerError
 from banger.minisign import BadSignature, PublicKey, parse_public_key
 
@@ -74,7 +75,7 @@ def index_verify(index: Path, keys: tuple[str, ...]) -> int:
         except OSError as e:
             problems.append(f"{entry.file}: {e.strerror}")
     for problem in problems:
-        sys.stderr.write(f"banger: {index}: {problem}\n")
+        warn(f"{index}: {problem}")
     count = len(found.entries)
     sys.stdout.write(
         f"version {found.version}, good until {found.expires}, "

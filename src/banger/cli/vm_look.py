@@ -12,7 +12,7 @@ from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.cli.complete import VM
 from banger.cli.draw import print_json, table
-from banger.cli.errors import harmless
+from banger.cli.errors import harmless, warn
 from banger.cli.server import Server
 from banger.units import format_size
 
@@ -57,9 +57,9 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
         sys.stdout.write(table(headers, rows))
         for vm in vms:
             if vm.paused:
-                sys.stderr.write(f"banger: warning: VM {vm.name} is paused: {vm.paused}\n")
+                warn(f"warning: VM {vm.name} is paused: {vm.paused}")
         for warning in sorted({vm.warning for vm in vms if vm.warning}):
-            sys.stderr.write(f"banger: warning: {warning}\nhint: banger vm prune\n")
+            warn(f"warning: {warning}\nhint: banger vm prune")
 
 
 @click.command()

@@ -35,7 +35,6 @@ from banger.daemon import (
 from banger.daemon.doctor import doctor
 from banger.errors import BangerError
 from banger.rpc.server import Method
-from banger.store.vms import now_text
 from banger.vm import idle, observe, space
 from banger.vm.change import change
 from banger.vm.cleanup import as_it_is, is_live
@@ -330,7 +329,7 @@ async def _ssh(daemon: Daemon, call: Call, params: p.VmRef) -> r.SshAccess:
     vm = daemon.store.resolve(params.vm)
     listeners = await daemon.vms.client(vm).ports()
     found = [x for x in listeners if x.proto == "tcp" and x.port == _SSH_PORT]
-    vm = daemon.store.update(vm.id, touched_at=now_text())
+    vm = idle.touch(daemon.vms, vm)
     return r.SshAccess(
         vm=vm,
         sshd=bool(found),

@@ -118,7 +118,7 @@ async def export(daemon: Daemon, call: Call, params: w.ExportWorkspace) -> w.Exp
     async with ships.workspace_lock(daemon, vm):
         call.stage("export", "comparing", path)
         done = await ships.in_guest(daemon, vm, work)
-    daemon.store.update(vm.id, touched_at=now_text())
+    idle.touch(daemon.vms, vm)
     return w.ExportedWorkspace(
         vm=vm.name,
         guest_path=path,

@@ -35,12 +35,14 @@ from banger.image.entries import (
     ImageManifest,
     Refuse,
     find_image,
+    is_another,
     lock_image,
     publish_image,
     write_manifest,
 )
 from banger.image.features import Extras, assemble
 from banger.image.recipe import LoadedRecipe, load_recipe
+from banger.image.register import refuse_existing
 from banger.image.rootfs import Addition, RootStats, filter_root
 from banger.names import check_entry_name
 from banger.process import ProcessFailed, get_program
@@ -106,13 +108,8 @@ async def build_image(
             with reason disk_full; what `refuse` raises of an image that is to be replaced.
     """
     check_entry_name(name, "image")
-    existing = find_image(paths, name)
-    if existing is not None and (replaced is None or existing.id != replaced.id):
-        raise BangerError(
-            "already_exists",
-            f"there is an image {name} already",
-            hint=f"banger image delete {name}",
-        )
+    if is_another(find_image(paths, name), replaced):
+        refuse_existing(paths, name)
     whole = _whole(recipe, extras, kernel_ref)
     return await run_job(
         lambda job: _build(paths, whole, name, refresh, reserve_bytes, job, replaced, refuse),
@@ -189,7 +186,7 @@ def _build(
 ) -> ImageRecord:
     with lock_image(paths, name, job):
         existing = find_image(paths, name)
-        if existing is not None and (replaced is None or existing.id != replaced.id):
+        if is_another(existing, replaced):
             return existing  # made by a peer
         require_space(
             paths.images,

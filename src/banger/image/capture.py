@@ -26,6 +26,7 @@ from banger.image.entries import (
     Refuse,
     find_image,
     find_manifest,
+    is_another,
     lock_image,
     publish_image,
     write_manifest,
@@ -115,7 +116,7 @@ def capture_image(
     """
     with lock_image(paths, new.name, job):
         existing = find_image(paths, new.name)
-        if existing is not None and (new.replaced is None or existing.id != new.replaced.id):
+        if is_another(existing, new.replaced):
             refuse_existing(paths, new.name)
         for kind in ("build", "delete"):
             remove_abandoned(paths.images, f"{kind}-{new.name}")

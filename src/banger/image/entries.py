@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import msgspec
 
@@ -70,6 +70,13 @@ def find_image(paths: Paths, name_or_id: str) -> ImageRecord | None:
     if manifest := find_manifest(paths.images / name_or_id):
         return _record(paths.images / name_or_id, manifest)
     return next((r for r in list_images(paths) if r.name == name_or_id), None)
+
+
+def is_another(
+    existing: ImageRecord | None, replaced: ImageRecord | None
+) -> TypeGuard[ImageRecord]:
+    """Whether a name is taken by another image than the one that may be replaced."""
+    return existing is not None and (replaced is None or existing.id != replaced.id)
 
 
 def get_image(paths: Paths, name_or_id: str) -> ImageRecord:

@@ -26,6 +26,7 @@ from banger.image.entries import (
     find_image,
     find_manifest,
     get_image,
+    is_another,
     lock_image,
     publish_image,
     write_manifest,
@@ -78,7 +79,7 @@ def _pull(
 ) -> ImageRecord:
     with lock_image(paths, name, job):
         existing = find_image(paths, name)
-        if existing is not None and (replaced is None or existing.id != replaced.id):
+        if is_another(existing, replaced):
             return existing
         for kind in ("pull", "delete"):
             remove_abandoned(paths.images, f"{kind}-{name}")

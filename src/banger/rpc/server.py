@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from banger.rpc.operations import Entry
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Call:
         def send(chunk: bytes) -> None:
             for at in range(0, len(chunk), frames.PAYLOAD_LIMIT):
                 piece = bytes(chunk[at : at + frames.PAYLOAD_LIMIT])
-                self._send_from_thread(lambda piece=piece: self.data(piece))  # type: ignore[misc]
+                self._send_from_thread(self.data, piece)
 
         return send
 
@@ -86,12 +88,12 @@ class Call:
         """What shows a line of a program's output, from a worker thread, at the client's pace."""
 
         def send(line: str) -> None:
-            self._send_from_thread(lambda: self.event({"output": line}))
+            self._send_from_thread(self.event, {"output": line})
 
         return send
 
-    def _send_from_thread(self, send: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Wait in a worker thread until something is sent.
+    def _send_from_thread(self, send: Callable[[T], Coroutine[Any, Any, None]], what: T) -> None:
+        """Wait in a worker thread until `send` has sent something.
 
         Raises:
             BangerError: connection_lost; cancelled: the call is, and its client does not read.
@@ -100,7 +102,7 @@ class Call:
         async def sent() -> None:
             if self._given_up:
                 raise asyncio.CancelledError
-            task = asyncio.ensure_future(send())
+            task = asyncio.ensure_future(send(what))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
             await task

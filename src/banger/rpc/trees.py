@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_ENTRIES = 2_000_000
-"""How many files of one guest are listed, and how long all of their names may be together."""
-MAX_NAME_BYTES = 256 << 20
+"""How many files of one guest are listed."""
 MAX_NAME = 4095
+"""How long the name of one may be, in bytes, and all names together."""
+MAX_NAME_BYTES = 256 << 20
 # A component that is empty or leads elsewhere; NUL, which ends names where they are lists.
 _ODD_NAME = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0")
 _ENTRY = struct.Struct("<IQQQQH")

@@ -111,8 +111,19 @@ async def logs(
 
     What was moved aside because the console had grown too long comes first.
     """
+    text = TerminalText()
+    async for data in _console(ctx, vm, tail=tail, follow=follow):
+        if shown := text.feed(data):
+            yield shown
+    if shown := text.finish():
+        yield shown
+
+
+async def _console(
+    ctx: VmContext, vm: VmRecord, *, tail: int | None, follow: bool
+) -> AsyncIterator[bytes]:
     path = ctx.vm_paths(vm.id).console
-    position, text = 0, TerminalText()
+    position = 0
     if tail is not None:
         lines = console.tail(path, tail)
         if len(lines) < tail:
@@ -122,18 +133,14 @@ async def logs(
             yield ("\n".join(lines) + "\n").encode()
     else:
         async for data in _earlier(aside(path)):
-            if shown := text.feed(data):
-                yield shown
+            yield data
     while True:
         live = is_live(ctx, ctx.store.resolve(vm.id)) if follow else False
         data, position = await asyncio.to_thread(_read_from, path, position)
         if data:
-            if shown := text.feed(data):
-                yield shown
+            yield data
             continue
         if not live:
-            if shown := text.finish():
-                yield shown
             return
         # A regular file cannot be waited for; the console is for people, who read slower.
         await asyncio.sleep(_FOLLOW_S)
