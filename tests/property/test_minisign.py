@@ -155,7 +155,11 @@ def test_we_accept_what_minisign_signs_with_a_key_of_its_own(tmp_path: Path) -> 
     assert verify(b"content", signature, [key]) == "hello there"
     assert parse_secret_key(secret.read_text()).public == key
     assert public.read_text().splitlines()[1] == str(key)
-    assert show_key_id(key.key_id) in public.read_text()
+    # As a number: minisign leaves out zeros in front, which one key in sixteen has.
+    printed = (
+        public.read_text().splitlines()[0].removeprefix("untrusted comment: minisign public key ")
+    )
+    assert int(printed, 16) == int(show_key_id(key.key_id), 16)
     # And back: minisign reads what we sign with its key.
     (tmp_path / "f.minisig").write_text(sign(b"content", parse_secret_key(secret.read_text())))
     assert minisign("-V", "-p", str(public), "-m", str(file)).returncode == 0
