@@ -58,7 +58,7 @@ def nothing_left(banger: Installation) -> Iterator[None]:
     before = banger.census()
     yield
     after = banger.census()
-    assert after == before, banger.evidence()
+    assert after == before, f"before: {before}\nafter: {after}\n{banger.evidence()}"
 
 
 @pytest.fixture

@@ -264,6 +264,17 @@ def test_somebody_elses_hidden_files_stay(paths: Paths) -> None:
     assert len(hidden(paths)) == 2
 
 
+def test_files_among_the_builds_are_no_trouble(
+    paths: Paths, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetched = paths.build_cache / "fetched" / "archive.tar"
+    fetched.parent.mkdir(parents=True)
+    fetched.touch()
+    sweep_leftovers(paths)
+    assert fetched.exists()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(("name", "lock"), [("ssh", ".lock"), ("", ".bin.lock")])
 def test_what_somebody_is_at_work_on_stays(paths: Paths, name: str, lock: str) -> None:
     directory = paths.state / name

@@ -35,7 +35,8 @@ def sweep_leftovers(paths: Paths) -> None:
     for directory in (*plain, *below):
         _sweep(directory)
     scratch = (paths.cache / "scratch", paths.oci_blobs.parent)
-    for directory in (*scratch, *paths.build_cache.glob("*/*")):
+    builds = [build for kind in _directories(paths.build_cache) for build in _directories(kind)]
+    for directory in (*scratch, *builds):
         _sweep(directory, plain=False)
     for directory, lock in (
         (paths.state, paths.state / ".bin.lock"),
