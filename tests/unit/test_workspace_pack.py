@@ -160,7 +160,12 @@ def test_linked_worktree_becomes_a_repository_of_its_own(repository: Path, tmp_p
     assert shipped.result.branch == "side"
 
 
-def test_borrowed_objects_come_along(repository: Path, tmp_path: Path) -> None:
+def test_borrowed_objects_come_along(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the user has said that the repository may borrow: test_workspace_trust.py."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, ".gitconfig", f"[banger]\n\ttrustedRepository = {tmp_path}/clone\n")
     odd = repository.rename(tmp_path / 'o"d \\name')
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", "--shared", str(odd), str(clone))
