@@ -48,7 +48,7 @@ class Heard:
         self.warnings.append(message)
 
 
-def _request(method: str, params: dict[str, Any]) -> Request:
+def make_request(method: str, params: dict[str, Any]) -> Request:
     raw = msgspec.Raw(msgspec.json.encode(params))
     return Request(version=PROTOCOL_VERSION, method=method, params=raw, token=TOKEN)
 
@@ -75,7 +75,7 @@ class GuestHost:
 
     @property
     def files(self) -> GuestFiles:
-        return (GuestFiles if self.git else NoGit)(self.agent.connect, _request)
+        return (GuestFiles if self.git else NoGit)(self.agent.connect, make_request)
 
     @property
     def scratch(self) -> Path:
