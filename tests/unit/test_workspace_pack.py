@@ -19,6 +19,7 @@ from workspace_kit import (
     commit,
     git,
     head,
+    make_project,
     make_repository,
     reference,
     ship,
@@ -30,13 +31,7 @@ from workspace_kit import (
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    repository = make_repository(tmp_path / "repo")
-    write(repository, "src/main.c", "int main;\n")
-    write(repository, "src/old.c", "old\n")
-    write(repository, "run.sh", "#!/bin/sh\n").chmod(0o755)
-    (repository / "link").symlink_to("src/main.c")
-    commit(repository, "first")
-    return repository
+    return make_project(tmp_path / "repo")
 
 
 def test_clean_checkout_arrives_clean(repository: Path, tmp_path: Path) -> None:
