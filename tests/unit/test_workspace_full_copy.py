@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from banger.errors import BangerError
 from banger.workspace.options import ShipOptions
 from workspace_kit import commit, git, head, make_repository, ship, status, tracked_files, write
 
@@ -147,6 +148,17 @@ def test_link_in_the_git_directory_does_not_carry_a_file_out(
         assert "hunter2" not in str(e)
     else:
         assert b"hunter2" not in shipped.archive.read_bytes()
+
+
+def test_directory_in_place_of_a_file_of_git_is_no_traceback(
+    repository: Path, tmp_path: Path
+) -> None:
+    for name in ("MERGE_MSG", "info/attributes", "sharedindex." + "0" * 40):
+        (repository / ".git" / name).mkdir(parents=True)
+    with pytest.raises(BangerError, match="sharedindex.0+: it is not a plain file"):
+        ship(repository, tmp_path, FULL)
+    (repository / ".git" / ("sharedindex." + "0" * 40)).rmdir()
+    assert ship(repository, tmp_path, FULL).fsck() == "0"
 
 
 def test_partial_clone(repository: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The hostile ones name a private repository of the same user; the honest ones are
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,30 @@ def test_borrowed_objects_are_the_users_word(private: Path, tmp_path: Path) -> N
     # The main repository's word counts for its worktrees.
     for place in (clone, tmp_path / "side"):
         assert ship(place, tmp_path).fsck() == "0"
+
+
+@pytest.mark.parametrize("back", ["fifo", "loop", "nul", "directory", "nothing"])
+def test_back_link_that_leads_nowhere_is_none(back: str, evil: Path, private: Path) -> None:
+    _other_worktree(evil, private)
+    gitdir = private / ".git/worktrees/side/gitdir"
+    gitdir.unlink()
+    if back == "fifo":
+        os.mkfifo(gitdir)
+    elif back == "loop":
+        (evil / "loop").symlink_to("loop")
+        gitdir.write_text(f"{evil}/loop/.git\n")
+    elif back == "nul":
+        gitdir.write_bytes(os.fsencode(evil) + b"\0/.git\n")
+    elif back == "directory":
+        gitdir.mkdir()
+    with pytest.raises(BangerError, match="history"):
+        inspect_repository(evil)
+
+
+def test_loop_of_links_among_what_git_reads_is_no_traceback(evil: Path, private: Path) -> None:
+    (evil / ".git/logs/loop").symlink_to("loop")
+    (evil / ".git/info/up").symlink_to("..")
+    assert inspect_repository(evil).head_commit == head(evil)
 
 
 def test_links_and_lenders_inside_are_its_own(evil: Path, private: Path) -> None:

@@ -7,12 +7,12 @@ No hooks, filters, aliases, credentials or includes go along. Everything is pack
 from __future__ import annotations
 
 import os
-import stat
 import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
+from banger.workspace.git_files import find_start
 from banger.workspace.history import find_boundary, read_shallow
 from banger.workspace.objects import ObjectReader
 from banger.workspace.options import GitPlan
@@ -236,15 +236,8 @@ def _commits_named(unfinished: dict[bytes, bytes], repository: Repository) -> se
 
 
 def _read_small(path: Path) -> bytes | None:
-    """A file of the git directory, never through a link and never a FIFO; None if there is none."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(fd, "rb") as f:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
-        text = f.read(_MAX_SMALL_FILE + 1)
-    if len(text) > _MAX_SMALL_FILE:
+    """A file of the git directory; None if there is none."""
+    text = find_start(path, _MAX_SMALL_FILE + 1)
+    if text is not None and len(text) > _MAX_SMALL_FILE:
         raise BangerError("bad_request", f"{path} is larger than {_MAX_SMALL_FILE >> 20} MiB")
     return text

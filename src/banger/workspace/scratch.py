@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
 import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from banger.errors import BangerError
 from banger.files import staging_directory
 from banger.workspace.git import await_exit, end, failure, scratch_git
+from banger.workspace.git_files import open_plain
 from banger.workspace.names import check_name
 
 if TYPE_CHECKING:
@@ -240,16 +240,11 @@ def quote_alternate(path: bytes) -> bytes:
 
 def _copy_file(source: Path, target: Path) -> None:
     """A regular file of the git directory, never through a link; absent is fine."""
-    try:
-        fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    f = open_plain(source)
+    if f is None:
         return
-    except OSError as e:
-        raise BangerError("operation_failed", f"reading {source}: {e.strerror}") from e
-    with os.fdopen(fd, "rb") as f:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise BangerError("operation_failed", f"reading {source}: it is not a plain file")
+    with f:
+        found = os.fstat(f.fileno())
         with target.open("wb") as copy:
             shutil.copyfileobj(f, copy, 1 << 20)
     # git compares the content of entries that are as new as their index: with a newer copy, a file

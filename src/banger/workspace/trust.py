@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from banger.errors import BangerError
+from banger.workspace.git_files import find_start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,17 +71,14 @@ def _leads_back(git: Git, root: Path, git_dir: Path, *, linked: bool) -> bool:
     """Whether a git directory names this work tree: git-worktree(1), DETAILS, `gitdir`;
     gitrepository-layout(5), `modules`, and core.worktree in git-config(1)."""
     if linked:
-        try:
-            with (git_dir / "gitdir").open("rb") as f:
-                entry = git_dir / os.fsdecode(f.read(_MAX_BACK_LINK).rstrip(b"\n"))
-        except OSError:
-            return False
-        return entry.name == ".git" and entry.parent.resolve() == root
+        named = find_start(git_dir / "gitdir", _MAX_BACK_LINK) or b""
+        entry = git_dir / os.fsdecode(named.rstrip(b"\n"))
+        return entry.name == ".git" and _resolve(entry.parent) == root
     for scope in ("--local", "--worktree"):
         # A given file is read without what it includes.
         found = git.try_run("config", scope, "-z", "--get", "core.worktree")
         value = os.fsdecode(found.stdout.removesuffix(b"\0"))
-        if found.returncode == 0 and value and (git_dir / value).resolve() == root:
+        if found.returncode == 0 and value and _resolve(git_dir / value) == root:
             return True
     return False
 
@@ -96,7 +94,9 @@ def _find_outside(
     seen = set()
     while waiting:
         path = waiting.pop()
-        resolved = path.resolve()
+        resolved = _resolve(path)
+        if resolved is None:
+            continue
         if not any(_is_below(resolved, known) for known in inside):
             yield resolved
             continue
@@ -110,6 +110,11 @@ def _find_outside(
                 ]
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as e:
+            # git may open what is in it all the same, by name.
+            raise BangerError(
+                "operation_failed", f"inspecting the repository: reading {resolved}: {e.strerror}"
+            ) from e
 
 
 def _list_lenders(git: Git) -> list[Path]:
@@ -143,8 +148,16 @@ def _names(value: str, owner: Path) -> bool:
     """As git reads safe.directory: a directory, or with `/*` at its end whatever is below it."""
     path = Path(value).expanduser()
     if path.name == "*":
-        return path.parent.resolve() in owner.parents
-    return path.resolve() == owner
+        return _resolve(path.parent) in owner.parents
+    return _resolve(path) == owner
+
+
+def _resolve(path: Path) -> Path | None:
+    """Where a path leads; None for what nobody can open: a loop of links, a name with a NUL."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _is_below(path: Path, directory: Path) -> bool:
