@@ -66,6 +66,17 @@ def commit(repository: Path, message: str = "change") -> str:
     return head(repository)
 
 
+def make_project(where: Path) -> Path:
+    """A repository with one commit of a few files: in a directory, executable, a link."""
+    repository = make_repository(where)
+    write(repository, "src/main.c", "int main;\n")
+    write(repository, "src/old.c", "old\n")
+    write(repository, "run.sh", "#!/bin/sh\n").chmod(0o755)
+    (repository / "link").symlink_to("src/main.c")
+    commit(repository, "first")
+    return repository
+
+
 def head(repository: Path) -> str:
     return git(repository, "rev-parse", "HEAD").decode().strip()
 

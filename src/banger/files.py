@@ -160,6 +160,25 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
+def sync_filesystem(fd: int) -> None:
+    """Make everything durable that was written to the filesystem on which `fd` is: syncfs(2).
+
+    For many files the cheapest way by far; a few are better off with fsync, which waits for
+    nobody else's. Where the C library has none, each filesystem gets its turn.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    import ctypes  # only copies of directories need it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, "syncfs", None) is None:
+        os.sync()
+    elif libc.syncfs(ctypes.c_int(fd)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def sync_tree(directory: Path) -> None:
     """Make a directory of plain files and directories durable, with everything below it."""
     for place, _, names in os.walk(directory, topdown=False):

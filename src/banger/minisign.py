@@ -62,8 +62,8 @@ class SecretKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def show_key_id(key_id: bytes) -> str:
-    """The id as minisign prints it."""
-    return f"{int.from_bytes(key_id, 'little'):016X}"
+    """The id as minisign prints it: a number, without zeros in front (PRIX64)."""
+    return f"{int.from_bytes(key_id, 'little'):X}"
 
 
 def parse_public_key(text: str) -> PublicKey:

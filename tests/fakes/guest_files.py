@@ -6,8 +6,7 @@ machine is missing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +30,7 @@ from banger.workspace.manifest import Manifest
 from banger.workspace.options import ShipOptions
 from banger.workspace.prepare import Preparation, Prepared
 from banger.workspace.service import prepare
-from fakes.agent import TOKEN, Agent, running_agent
+from fakes.agent import TOKEN, Agent
 
 
 class Heard:
@@ -48,7 +47,7 @@ class Heard:
         self.warnings.append(message)
 
 
-def _request(method: str, params: dict[str, Any]) -> Request:
+def make_request(method: str, params: dict[str, Any]) -> Request:
     raw = msgspec.Raw(msgspec.json.encode(params))
     return Request(version=PROTOCOL_VERSION, method=method, params=raw, token=TOKEN)
 
@@ -75,7 +74,7 @@ class GuestHost:
 
     @property
     def files(self) -> GuestFiles:
-        return (GuestFiles if self.git else NoGit)(self.agent.connect, _request)
+        return (GuestFiles if self.git else NoGit)(self.agent.connect, make_request)
 
     @property
     def scratch(self) -> Path:
@@ -130,11 +129,3 @@ class GuestHost:
         where = self.source(source, None)
         with open_source_ground(where) as ground:
             return find_changes(where, ground)[0]
-
-
-@contextlib.contextmanager
-def guest_host(root: Path) -> Iterator[GuestHost]:
-    """A guest without a machine, below `root`, until the block ends."""
-    (root / "guest").mkdir()
-    with running_agent() as agent:
-        yield GuestHost(agent, root)

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from banger.errors import BangerError
 from banger.workspace.export import find_changes, open_source_ground
 from banger.workspace.landed import HostFacts, apply_changes, read_changes, write_changes
 from banger.workspace.options import Mode, ShipOptions
-from fakes.guest_files import GuestHost, guest_host
+from fakes.guest_files import GuestHost
 from workspace_kit import (
     ENVIRONMENT,
     commit,
@@ -44,12 +43,6 @@ _EXAMPLES = settings(
 )
 _MODES = st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"])
 pytestmark = pytest.mark.timeout(300 * SOAK)
-
-
-@pytest.fixture(scope="module")
-def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestHost]:
-    with guest_host(tmp_path_factory.mktemp("g")) as host:
-        yield host
 
 
 class Case:

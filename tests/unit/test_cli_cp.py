@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,29 @@ def test_vm_that_is_not_there_is_named_and_not_its_file(
         done = banger("vm", "cp", *words)
         assert done.status == 1
         assert "there is no VM 'web'\nhint: banger vm list" in done.err
+
+
+def test_vm_that_goes_while_files_are_compared_ends_the_copy(
+    banger: CommandLine, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest has the directory; before its files are compared the VM is deleted."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/here").mkdir()
+    connect, asked, refused = Server.call_with_fd, 0, 0
+
+    def vanish(self: Server, method: str, params: Any, result: Any) -> Any:
+        nonlocal asked, refused
+        asked += 1
+        if asked <= 2:  # the target, and what has its name inside
+            return connect(method, params, result)
+        refused += 1
+        raise BangerError("not_found", "there is no VM 'web'", hint="banger vm list")
+
+    monkeypatch.setattr(Server, "call_with_fd", vanish)
+    done = banger("vm", "cp", str(here), f"web:{tmp_path}/there")
+    assert done.status == 1
+    assert "there is no VM 'web'\nhint: banger vm list" in done.err
+    assert refused == 1
 
 
 def test_existing_directory_takes_the_thing_itself(

@@ -45,6 +45,7 @@ def run(source: bytes, additions: dict[str, Addition] | None = None) -> dict[str
         additions or {},
         stats=RootStats(),
         check=lambda: None,
+        aside=io.BytesIO(),
         built_after=BUILD,
         epoch=EPOCH,
     )
@@ -113,8 +114,35 @@ def test_hard_links_keep_their_target() -> None:
     assert (found["b"].type, found["b"].linkname) == (tarfile.LNKTYPE, "a")
 
 
-def test_a_hard_link_to_what_was_left_out_is_an_error() -> None:
-    source = pack(entry("./tmp/a", b"x"), entry("./b", kind=tarfile.LNKTYPE, link="./tmp/a"))
+def test_a_file_whose_first_name_is_left_out_is_kept_under_its_next() -> None:
+    def link(name: str, to: str) -> tuple[tarfile.TarInfo, bytes]:
+        return entry(name, kind=tarfile.LNKTYPE, link=to)
+
+    members = (
+        entry("./boot/other", b"other"),
+        entry("./tmp/a", b"content"),
+        link("./tmp/b", "./tmp/a"),
+        link("./kept", "./tmp/b"),
+        link("./again", "./tmp/a"),
+        link("./third", "./kept"),
+        entry("./added", b"replaced"),
+        link("./linked", "./added"),
+    )
+    found = run(pack(*members), {"added": Addition(mode=0o644, content=b"new")})
+    assert {name: (i.type, i.linkname, i.pax_headers["content"]) for name, i in found.items()} == {
+        "kept": (tarfile.REGTYPE, "", "content"),
+        "again": (tarfile.LNKTYPE, "kept", ""),
+        "third": (tarfile.LNKTYPE, "kept", ""),
+        "linked": (tarfile.REGTYPE, "", "replaced"),
+        "added": (tarfile.REGTYPE, "", "new"),
+        "etc": (tarfile.DIRTYPE, "", ""),
+        "etc/machine-id": (tarfile.REGTYPE, "", ""),
+    }
+    assert (found["kept"].mode, found["kept"].uid) == (0o640, 33)
+
+
+def test_a_hard_link_to_what_never_came_is_an_error() -> None:
+    source = pack(entry("./b", kind=tarfile.LNKTYPE, link="./tmp/a"))
     with pytest.raises(ValueError, match="b is a hard link to tmp/a"):
         run(source)
 

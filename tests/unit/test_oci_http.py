@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from banger.disk.background import Job
 from banger.errors import BangerError
-from banger.oci.http import Http, explain, find_proxy, place, retry_after_s
+from banger.oci.http import BrokenTransfer, Http, explain, find_proxy, place, retry_after_s
 from banger.oci.reference import RegistryReference, is_loopback
 from banger.oci.registry import RegistrySource
 from banger.oci.transfer import Meter, Stalled, Watch
@@ -228,6 +228,39 @@ def test_a_trickle_is_no_transfer() -> None:
         for _ in range(60):
             now += 1
             watch.saw(1)
+
+
+def test_a_document_that_comes_as_a_trickle_is_given_up() -> None:
+    """A byte now and then would hold a pull for ever: no single wait is long."""
+    asked = threading.Event()
+    over = threading.Event()
+
+    def trickle(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+            asked.set()
+            with contextlib.suppress(OSError):
+                while not over.wait(0.02):
+                    client.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener,))
+        thread.start()
+        http = Http(Job(), silence_s=0.4)
+        try:
+            where = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/x/manifests/latest"
+            with (
+                http.request("GET", where) as answer,
+                pytest.raises(BrokenTransfer, match="bytes came in"),
+            ):
+                answer.text(1 << 20)
+        finally:
+            over.set()
+            thread.join()
+            http.close()
+    assert asked.is_set()
 
 
 def test_a_slow_transfer_is_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -150,3 +151,46 @@ def test_a_name_with_a_nul_is_refused() -> None:
     data = layer_tar([Entry("a\u00e9" + "b" * 110)]).replace(b"b" * 10, b"b" * 9 + b"\0", 1)
     with pytest.raises(BadImage, match="NUL"):
         read_all(data)
+
+
+def sparse_member(text: bytes, stored: int | None = None) -> bytes:
+    """GNU's format 1.0: the map in lines before the data."""
+    info = tarfile.TarInfo("s")
+    info.size = len(text) if stored is None else stored
+    info.pax_headers = {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 30),
+    }  # fmt: skip
+    return info.tobuf(tarfile.PAX_FORMAT) + text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(b"65536\n" + b"0" * (8 << 20), id="a number without an end"),
+        pytest.param(b"65536\n" + b"0" * 511 + b"\n" + (b"0" * 511 + b"\n") * 8190, id="long"),
+        pytest.param(b"0" * (8 << 20), id="a count without an end"),
+    ],
+)
+def test_a_map_costs_no_more_than_its_length(text: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(BadImage, match="damaged|number|pieces"):
+        read_all(sparse_member(text + bytes(-len(text) % 512)))
+    assert time.process_time() - began < 2
+
+
+def test_a_map_that_is_cut_off_is_an_error() -> None:
+    with pytest.raises(BadImage, match="cut off"):
+        read_all(sparse_member(b"65536\n" + b"1\n" * 600, stored=1 << 60))
+
+
+def test_many_pieces_are_read_in_a_moment() -> None:
+    """As many as are believed, each of one byte."""
+    count = 1 << 16
+    text = b"%d\n" % count + b"".join(b"%d\n1\n" % (2 * i) for i in range(count))
+    text += bytes(-len(text) % 512)
+    began = time.process_time()
+    [(member, data)] = read_all(sparse_member(text + b"x" * count + bytes(-count % 512),
+                                              stored=len(text) + count))  # fmt: skip
+    assert time.process_time() - began < 2
+    assert (member.stored, len(data), len(member.sparse or ())) == (count, count, count)
+    assert (member.sparse or ())[-1] == (2 * count - 2, 1)

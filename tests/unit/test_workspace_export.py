@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,8 @@ from banger.workspace.manifest import (
     write_offer,
 )
 from banger.workspace.options import ShipOptions
-from fakes.guest_files import GuestHost, guest_host
+from fakes.guest_files import GuestHost
 from workspace_kit import ENVIRONMENT, commit, git, head, make_repository, status, write
-
-
-@pytest.fixture
-def guests(tmp_path: Path) -> Iterator[GuestHost]:
-    with guest_host(tmp_path) as host:
-        yield host
 
 
 @pytest.fixture

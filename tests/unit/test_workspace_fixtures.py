@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from banger.errors import BangerError
 from banger.workspace.options import Mode, ShipOptions
-from fakes.guest_files import GuestHost, guest_host
+from fakes.guest_files import GuestHost
 from workspace_kit import ENVIRONMENT, git, write
 
 FIXTURES = Path("/usr/share/doc/libgit2-fixtures/examples")
@@ -31,14 +30,6 @@ _CASES = [
     for number, name in enumerate(_NAMES)
     for way in (_WAYS if "BANGER_SOAK" in os.environ else _WAYS[number % len(_WAYS) :][:1])
 ]
-
-
-@pytest.fixture(scope="module")
-def guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestHost]:
-    if not FIXTURES.is_dir():
-        pytest.skip("libgit2's fixture repositories are not installed (libgit2-fixtures)")
-    with guest_host(tmp_path_factory.mktemp("f")) as host:
-        yield host
 
 
 def _unpack(name: str, target: Path) -> Path:
@@ -97,8 +88,9 @@ def _edit(copy: Path) -> None:
 def test_repository_comes_back_as_git_sees_it(
     guests: GuestHost, name: str, mode: Mode, has_git: bool, tmp_path: Path
 ) -> None:
-    guests = GuestHost(guests.agent, tmp_path, git=has_git)
-    (tmp_path / "guest").mkdir()
+    if not FIXTURES.is_dir():
+        pytest.skip("libgit2's fixture repositories are not installed (libgit2-fixtures)")
+    guests.git = has_git
     source = _unpack(name, tmp_path / "source")
     try:
         done = guests.prepare(source, ShipOptions(mode=mode), name=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import tracemalloc
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from banger.errors import BangerError
+from banger.rpc.trees import GuestFiles
 from banger.workspace.guest_git import fetch_refs, fetch_tracked, parse_index
-from fakes.guest_files import guest_host
+from fakes.guest_files import GuestHost, make_request
 from workspace_kit import commit, git, head, make_repository, write
 
 
@@ -42,23 +44,22 @@ def test_damaged_index_is_an_error(tmp_path: Path) -> None:
             parse_index(spoiled, "sha1")
 
 
-def test_split_index_and_refs_are_read_from_the_guest(tmp_path: Path) -> None:
-    with guest_host(tmp_path) as guests:
-        copy = make_repository(guests.path())
-        write(copy, "one")
-        first = commit(copy)
-        git(copy, "branch", "packed")
-        git(copy, "pack-refs", "--all")
-        git(copy, "update-index", "--split-index")
-        write(copy, "two")
-        commit(copy)
-        tracked = fetch_tracked(guests.files, str(copy), "sha1")
-        assert tracked.names == {b"one", b"two"}
-        refs = fetch_refs(guests.files, str(copy))
-        assert refs.head == "ref: refs/heads/main"
-        assert refs.refs == {"refs/heads/main": head(copy), "refs/heads/packed": first}
-        assert refs.loose == {"refs/heads/main"}
-        assert refs.commit == head(copy)
+def test_split_index_and_refs_are_read_from_the_guest(guests: GuestHost) -> None:
+    copy = make_repository(guests.path())
+    write(copy, "one")
+    first = commit(copy)
+    git(copy, "branch", "packed")
+    git(copy, "pack-refs", "--all")
+    git(copy, "update-index", "--split-index")
+    write(copy, "two")
+    commit(copy)
+    tracked = fetch_tracked(guests.files, str(copy), "sha1")
+    assert tracked.names == {b"one", b"two"}
+    refs = fetch_refs(guests.files, str(copy))
+    assert refs.head == "ref: refs/heads/main"
+    assert refs.refs == {"refs/heads/main": head(copy), "refs/heads/packed": first}
+    assert refs.loose == {"refs/heads/main"}
+    assert refs.commit == head(copy)
 
 
 def _index_of_4(count: int, first: bytes) -> bytes:
@@ -87,3 +88,16 @@ def test_index_that_unpacks_to_more_than_it_is_takes_no_memory(
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_vm_that_is_gone_is_named_and_not_its_directory() -> None:
+    def refuse() -> socket.socket:
+        raise BangerError("not_found", "there is no VM 'web'", hint="banger vm list")
+
+    with pytest.raises(BangerError, match="there is no VM 'web'"):
+        fetch_refs(GuestFiles(refuse, make_request), "/root/repo")
+
+
+def test_directory_that_is_gone_is_named(guests: GuestHost, tmp_path: Path) -> None:
+    with pytest.raises(BangerError, match="there is no directory"):
+        fetch_refs(guests.files, str(tmp_path / "nothing"))

@@ -19,6 +19,7 @@ from workspace_kit import (
     commit,
     git,
     head,
+    make_project,
     make_repository,
     reference,
     ship,
@@ -30,13 +31,7 @@ from workspace_kit import (
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    repository = make_repository(tmp_path / "repo")
-    write(repository, "src/main.c", "int main;\n")
-    write(repository, "src/old.c", "old\n")
-    write(repository, "run.sh", "#!/bin/sh\n").chmod(0o755)
-    (repository / "link").symlink_to("src/main.c")
-    commit(repository, "first")
-    return repository
+    return make_project(tmp_path / "repo")
 
 
 def test_clean_checkout_arrives_clean(repository: Path, tmp_path: Path) -> None:
@@ -160,7 +155,12 @@ def test_linked_worktree_becomes_a_repository_of_its_own(repository: Path, tmp_p
     assert shipped.result.branch == "side"
 
 
-def test_borrowed_objects_come_along(repository: Path, tmp_path: Path) -> None:
+def test_borrowed_objects_come_along(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the user has said that the repository may borrow: test_workspace_trust.py."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, ".gitconfig", f"[banger]\n\ttrustedRepository = {tmp_path}/clone\n")
     odd = repository.rename(tmp_path / 'o"d \\name')
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", "--shared", str(odd), str(clone))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from banger.errors import BangerError
 from banger.workspace.options import ShipOptions
-from fakes.guest_files import GuestHost, guest_host
+from fakes.guest_files import GuestHost
 from workspace_kit import commit, git, make_repository, write
-
-
-@pytest.fixture
-def guest(tmp_path: Path) -> Iterator[GuestHost]:
-    with guest_host(tmp_path) as host:
-        yield host
 
 
 @pytest.fixture
@@ -47,27 +41,27 @@ OPTIONS = [
 ]
 
 
-def put_and_forget(guest: GuestHost, repository: Path, options: ShipOptions | None = None) -> Path:
+def put_and_forget(guests: GuestHost, repository: Path, options: ShipOptions | None = None) -> Path:
     """As when the daemon is killed before it writes the record."""
-    path = guest.path()
-    guest.prepare(repository, options)
-    del guest.manifests[str(path)]
+    path = guests.path()
+    guests.prepare(repository, options)
+    del guests.manifests[str(path)]
     return path
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_it_is_taken_as_it_is(guest: GuestHost, repository: Path, options: ShipOptions) -> None:
-    first = guest.prepare(repository, options)
-    del guest.manifests[str(guest.path())]
-    again = guest.prepare(repository, options)
+def test_it_is_taken_as_it_is(guests: GuestHost, repository: Path, options: ShipOptions) -> None:
+    first = guests.prepare(repository, options)
+    del guests.manifests[str(guests.path())]
+    again = guests.prepare(repository, options)
     assert again.sent == 0
     assert again.manifest.files.keys() == first.manifest.files.keys()
     for kept in ("base_commit", "branch", "mode", "readonly", "tree_id", "source", "mise"):
         assert getattr(again.manifest.workspace, kept) == getattr(first.manifest.workspace, kept)
     write(repository, "deep/file", "edited again\n")
     seen = 0 if options.mode == "metadata_only" else 1
-    assert guest.prepare(repository, options).sent == seen
-    assert guest.patch(repository)[1].changed == seen
+    assert guests.prepare(repository, options).sent == seen
+    assert guests.patch(repository)[1].changed == seen
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -83,21 +77,21 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_it_is_refused_and_kept_when_anything_is_different(
-    guest: GuestHost, repository: Path, change: Callable[[Path], object]
+    guests: GuestHost, repository: Path, change: Callable[[Path], object]
 ) -> None:
-    there = put_and_forget(guest, repository)
+    there = put_and_forget(guests, repository)
     change(there)
     before = {p: p.read_bytes() for p in there.rglob("*") if p.is_file()}
     with pytest.raises(BangerError, match="exists already"):
-        guest.prepare(repository)
+        guests.prepare(repository)
     assert {p: p.read_bytes() for p in there.rglob("*") if p.is_file()} == before
-    assert guest.manifests == {}
+    assert guests.manifests == {}
 
 
 def test_an_empty_repository_does_not_take_a_directory_of_the_guest(
-    guest: GuestHost, tmp_path: Path
+    guests: GuestHost, tmp_path: Path
 ) -> None:
     repository = make_repository(tmp_path / "empty")
-    (guest.path() / "directory").mkdir(parents=True)
+    (guests.path() / "directory").mkdir(parents=True)
     with pytest.raises(BangerError, match="exists already"):
-        guest.prepare(repository)
+        guests.prepare(repository)

@@ -20,6 +20,7 @@ from banger.workspace.pack import pack
 from workspace_kit import (
     commit,
     git,
+    make_project,
     make_repository,
     ship,
     write,
@@ -28,13 +29,7 @@ from workspace_kit import (
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    repository = make_repository(tmp_path / "repo")
-    write(repository, "src/main.c", "int main;\n")
-    write(repository, "src/old.c", "old\n")
-    write(repository, "run.sh", "#!/bin/sh\n").chmod(0o755)
-    (repository / "link").symlink_to("src/main.c")
-    commit(repository, "first")
-    return repository
+    return make_project(tmp_path / "repo")
 
 
 def test_nothing_is_written_to_the_source(repository: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _find_same(copying: Copying, place: str, files: list[_Entry]) -> set[bytes]:
     try:
         digests = fetch_digests(copying.guest, place, [(e.name, e.st.st_size) for e in files])
     except BangerError as e:
-        if e.code != "not_found":
+        if not copying.guest.is_absent(e):
             raise
         return set()
     same = set()

@@ -122,7 +122,10 @@ def _download_directory(copying: Copying, source: str, target: Path) -> None:
     scan = copying.guest.scan(source, inside_git=True)
     if scan is None:
         raise BangerError("not_found", f"there is no {source} in VM {copying.vm}")
-    with gathered(target) as place, Landing(place, doing) as landing:
+    with (
+        gathered(target) as place,
+        Landing(place, doing, durable=place == target) as landing,
+    ):
         plan = _plan(copying, source, scan, landing, doing)
         for size in plan.same.values():
             copying.spare(size, files=1)

@@ -10,6 +10,7 @@ import datetime
 import secrets
 import subprocess
 import tarfile
+import tempfile
 import time
 from typing import TYPE_CHECKING
 
@@ -299,7 +300,11 @@ def _run_pipeline(
         tar = debstrap.stdout
 
         def feed(stream: IO[bytes]) -> None:
-            filter_root(tar, stream, additions, stats=stats, check=check, built_after=built_after)
+            with tempfile.TemporaryFile(dir=target.parent) as aside:
+                filter_root(
+                    tar, stream, additions,
+                    stats=stats, check=check, aside=aside, built_after=built_after,
+                )  # fmt: skip
             _drain(tar)  # the padding behind the end mark, or its writer dies of SIGPIPE
 
         try:

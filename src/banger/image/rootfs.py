@@ -1,6 +1,7 @@
 """One stage of the image pipeline: from the tar of a fresh root to the tar that becomes the image.
 
-Works on streams and holds no file's content beyond one buffer. What differs from machine to machine
+Works on streams and holds no file's content beyond one buffer; one that is left out waits in a file
+of the caller's, since it may have another name further on. What differs from machine to machine
 or belongs to one VM only is left out; what the recipe adds is put in; times are made equal.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -63,20 +65,24 @@ def filter_root(
     *,
     stats: RootStats,
     check: Callable[[], None],
+    aside: IO[bytes],
     built_after: int,
     epoch: int = DEFAULT_EPOCH,
 ) -> None:
     """Copy a root filesystem's tar stream, filtered; `additions` are by path without leading `/`.
 
-    An addition replaces what was at its path. `check` is called per member and may raise to stop.
-    Times from `built_after` on (both in seconds) become `epoch`: those files were made by this
-    build. Files out of packages keep theirs, which compiled Python files refer to.
+    An addition replaces what was at its path. A file that is left out and has another name that is
+    not is the file of that name; `aside` is empty, and holds what is left out until the end.
+    `check` is called per member and may raise to stop. Times from `built_after` on (both in
+    seconds) become `epoch`: those files were made by this build. Files out of packages keep theirs,
+    which compiled Python files refer to.
 
     Raises:
-        ValueError: the stream holds a name twice, or a hard link whose target was left out.
+        ValueError: the stream holds a name twice, or a hard link to what was not there before it.
         tarfile.TarError: the stream is cut off or is no tar.
     """
     kinds: dict[str, bytes] = {}
+    others = _OtherNames(aside)
     with (
         tarfile.open(fileobj=source, mode="r|", bufsize=1 << 18) as reader,
         open_tar_writer(target) as writer,
@@ -86,17 +92,31 @@ def filter_root(
             # Streams do not go back, and a root has tens of thousands of headers.
             reader.members = []  # type: ignore[attr-defined]
             name = _plain_name(info.name)
-            if name is None or name in additions or is_left_out(name):
+            if name is None:
+                continue
+            if name in additions or is_left_out(name):
+                if info.isreg():
+                    others.keep(name, info, reader.extractfile(info))
+                elif info.islnk():
+                    others.link(name, _plain_name(info.linkname))
                 continue
             if name in kinds:
                 raise ValueError(f"the root filesystem has {name} twice")
             member = _normalised(info, name, built_after, epoch)
+            content = reader.extractfile(info) if member.isreg() else None
+            if member.islnk() and (found := others.find(member.linkname)) is not None:
+                first, original, content = found
+                if first is None:
+                    member = _normalised(original, name, built_after, epoch)
+                    others.name(_plain_name(info.linkname), name)
+                else:
+                    member.linkname = first
             if member.islnk() and kinds.get(member.linkname) != tarfile.REGTYPE:
                 raise ValueError(f"{name} is a hard link to {member.linkname}, which is not there")
             kinds[name] = member.type
             if name == _MADE_EMPTY:
                 member.size = 0
-            writer.addfile(member, reader.extractfile(info) if member.isreg() else None)
+            writer.addfile(member, content if member.isreg() else None)
             writer.members = []  # type: ignore[attr-defined]
             stats.members += 1
             stats.content_bytes += member.size
@@ -106,6 +126,42 @@ def filter_root(
             additions = {**additions, _MADE_EMPTY: Addition(mode=0o444, content=b"")}
         for name in sorted(additions):
             _add(writer, name, additions[name], kinds, epoch)
+
+
+class _OtherNames:
+    """Files that were left out, for a link to one of them that is not."""
+
+    def __init__(self, aside: IO[bytes]) -> None:
+        self._aside = aside
+        self._files: dict[str, tuple[tarfile.TarInfo, int]] = {}
+        self._links: dict[str, str] = {}  # a name that is left out → the file's first
+        self._named: dict[str, str] = {}  # the file's first → its name in the image
+
+    def keep(self, name: str, info: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+        at = self._aside.seek(0, io.SEEK_END)
+        if content is not None:
+            shutil.copyfileobj(content, self._aside, 1 << 18)
+        self._files[name] = (info, at)
+
+    def link(self, name: str, target: str | None) -> None:
+        """A further name that is left out as well."""
+        if target is not None:
+            self._links[name] = self._links.get(target, target)
+
+    def find(self, target: str) -> tuple[str | None, tarfile.TarInfo, IO[bytes]] | None:
+        """Where a link leads: the name that the file has by now, else its member and content; None
+        where nothing of that name was left out."""
+        target = self._links.get(target, target)
+        if target not in self._files:
+            return None
+        info, at = self._files[target]
+        self._aside.seek(at)
+        return self._named.get(target), info, self._aside
+
+    def name(self, target: str | None, name: str) -> None:
+        """The file that was left out as `target` is in the image as `name`."""
+        assert target is not None
+        self._named[self._links.get(target, target)] = name
 
 
 def is_left_out(name: str) -> bool:

@@ -28,6 +28,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from banger import __version__
 from banger.errors import BangerError
 from banger.oci.reference import is_loopback
+from banger.oci.transfer import SILENCE_S, Stalled, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from banger.oci.work import Work
 
 _CONNECT_S = 20.0
-SILENCE_S = 60.0
-"""A server that says nothing for so long is given up."""
 _RETRIED = frozenset((408, 429, 500, 502, 503, 504))
 _ATTEMPTS = 5
 _LONGEST_WAIT_S = 120.0
@@ -55,8 +54,9 @@ class BrokenTransfer(Exception):
 class Response:
     """An answer whose body has not been read; owned by the `with` block that it is made in."""
 
-    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str) -> None:
+    def __init__(self, raw: urllib3.BaseHTTPResponse, url: str, silence_s: float) -> None:
         self._raw = raw
+        self._silence_s = silence_s
         self.status = raw.status
         self.headers: Mapping[str, str] = raw.headers
         self.url = url
@@ -73,13 +73,22 @@ class Response:
             raise BrokenTransfer(explain(e)) from e
 
     def text(self, most: int) -> bytes:
-        """The whole body, of which more than `most` bytes raise BrokenTransfer."""
+        """The whole body.
+
+        Raises:
+            BrokenTransfer: as `read`; it has more than `most` bytes; it comes as a trickle.
+        """
         parts, size = [], 0
+        watch = Watch(window_s=self._silence_s)
         while piece := self.read():
             parts.append(piece)
             size += len(piece)
             if size > most:
                 raise BrokenTransfer(f"it sends more than {most} bytes")
+            try:
+                watch.saw(len(piece))
+            except Stalled as e:
+                raise BrokenTransfer(str(e)) from e
         return b"".join(parts)
 
 
@@ -154,7 +163,7 @@ class Http:
             try:
                 location = raw.headers.get("Location")
                 if not follow or raw.status not in _REDIRECTS or not location:
-                    yield Response(raw, here)
+                    yield Response(raw, here, self._silence_s)
                     return
                 try:
                     there = address_from(here, location)

@@ -274,21 +274,27 @@ class TarReader:
         m.sparse = _checked_map(m, list(zip(numbers[::2], numbers[1::2], strict=True)))
 
     def _map_before_data(self, m: Member) -> list[int]:
-        text = b""
-        count = -1
-        while True:
-            lines = text.split(b"\n")
-            if count < 0 and len(lines) > 1:
-                count = _decimal(lines[0])
-                if count > _MOST_SPARSE:
-                    raise BadImage(f"{m.name!r} has too many pieces")
-            if count >= 0 and len(lines) > 2 * count + 1:
-                return [_decimal(line) for line in lines[1 : 2 * count + 1]]
-            if self._left < BLOCK or len(text) > _MOST_META_BYTES << 2:
+        # What comes is looked at once: a map may be long, and its sender means no good.
+        blocks: list[bytes] = []
+        lines = count = 0
+        while not blocks or lines < 2 * count + 1:
+            if self._left < BLOCK or len(blocks) * BLOCK > _MOST_META_BYTES << 2:
                 raise BadImage(f"the map of the sparse file {m.name!r} is damaged")
-            text += self._exactly(BLOCK)
+            block = self._exactly(BLOCK)
+            if len(block) < BLOCK:
+                raise BadImage("the tar is cut off in a header")
             self._left -= BLOCK
             m.stored -= BLOCK
+            if not blocks:
+                first, newline, _ = block.partition(b"\n")
+                count = _decimal(first) if newline else _MOST_SPARSE + 1
+                if count > _MOST_SPARSE:
+                    raise BadImage(f"{m.name!r} has too many pieces")
+            blocks.append(block)
+            lines += block.count(b"\n")
+        return [
+            _decimal(n) for n in b"".join(blocks).split(b"\n", 2 * count + 1)[1 : 2 * count + 1]
+        ]
 
 
 def parse_number(field: bytes) -> int:

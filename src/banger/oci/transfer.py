@@ -6,12 +6,13 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from banger.oci.http import SILENCE_S
 from banger.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SILENCE_S = 60.0
+"""A server that says nothing for so long is given up."""
 _REPORT_S = 0.25
 _RATE_OVER_S = 5.0
 # Slower than this, over SILENCE_S, is no transfer but somebody who holds the line.

@@ -152,7 +152,7 @@ class GuestFiles:
                 self._open.discard(sock)
             sock.close()
 
-    def _is_absent(self, error: BangerError) -> bool:
+    def is_absent(self, error: BangerError) -> bool:
         """Whether the agent says that a path is not there; the VM may not be there either."""
         return error.code == "not_found" and error is not self._unreached
 
@@ -171,7 +171,7 @@ class GuestFiles:
         try:
             return msgspec.convert(self.call("stat", {"path": path}, doing), type=PathFacts)
         except BangerError as e:
-            if self._is_absent(e):
+            if self.is_absent(e):
                 return None
             raise
         except msgspec.ValidationError as e:
@@ -198,7 +198,7 @@ class GuestFiles:
                         raise BangerError("operation_failed", f"{doing}: its names have no end")
                 data.finish(Transferred)
         except BangerError as e:
-            if self._is_absent(e):
+            if self.is_absent(e):
                 return None
             raise
         if rest:

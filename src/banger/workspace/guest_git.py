@@ -84,7 +84,7 @@ def fetch_small(
     try:
         return guest.get(path, list(names), receive)
     except BangerError as e:
-        raise absent(path) if e.code == "not_found" else e from None
+        raise absent(path) if guest.is_absent(e) else e from None
 
 
 def absent(path: str) -> BangerError:

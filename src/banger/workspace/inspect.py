@@ -18,6 +18,7 @@ from banger.workspace.index import list_submodules
 from banger.workspace.names import format_name, sanitise_name, strip_credentials
 from banger.workspace.repository import Repository, check_branch, check_mode, resolve_target
 from banger.workspace.scratch import open_scratch
+from banger.workspace.trust import check_history
 
 if TYPE_CHECKING:
     from banger.workspace.options import ShipOptions
@@ -41,7 +42,8 @@ def inspect_repository(path: Path) -> Repository:
     Raises:
         BangerError: not_found when `path` is missing; bad_request when it is no directory, not in a
             repository, in a bare one, inside a git directory, or in one whose work tree is
-            elsewhere; operation_failed, reason `safe_directory`, when git refuses its owner.
+            elsewhere, or whose history is (reason `foreign_history`); operation_failed, reason
+            `safe_directory`, when git refuses its owner.
     """
     start = _get_directory(path)
     git = source_git(start)
@@ -69,7 +71,9 @@ def inspect_repository(path: Path) -> Repository:
         )
     root = _path_of(git, "--show-toplevel")
     git_dir = _path_of(git, "--absolute-git-dir")
+    common_dir = _path_of(git, "--path-format=absolute", "--git-common-dir")
     _check_work_tree_is_here(root, git_dir)
+    check_history(git, root, git_dir, common_dir)
     config = _read_config(git)
     head, branch = _read_head(git)
     submodules = tuple(format_name(name) for name in list_submodules(git))
@@ -83,7 +87,7 @@ def inspect_repository(path: Path) -> Repository:
     return Repository(
         root=root,
         git_dir=git_dir,
-        common_dir=_path_of(git, "--path-format=absolute", "--git-common-dir"),
+        common_dir=common_dir,
         subdirectory="" if relative == "." else relative,
         name=sanitise_name(root.name),
         head_commit=head,

