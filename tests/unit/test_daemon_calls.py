@@ -377,6 +377,21 @@ async def test_ephemeral_vm_whose_command_ended_while_no_daemon_ran_goes_at_the_
     await until(lambda: banger.world.census() == EMPTY)
 
 
+async def test_ephemeral_vm_whose_command_ran_before_a_reboot_goes_whoever_has_its_pid_now(
+    banger: Running,
+) -> None:
+    owner = await start_owner(banger)
+    store = banger.world.store
+    vm = store.resolve("web")
+    assert vm.owner is not None and vm.owner.boot_id
+    await banger.stop()
+    then = msgspec.structs.replace(vm.owner, boot_id="0b0d3b5e-5d3a-4a5c-8f2e-000000000000")
+    store.update(vm.id, owner=then)
+    await banger.start()
+    await until(lambda: banger.world.census() == EMPTY)
+    end(owner)
+
+
 # --- the daemon's own end -------------------------------------------------------------------------
 
 

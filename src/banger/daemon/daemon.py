@@ -228,7 +228,7 @@ class Daemon:
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:
-                self.guard(vm.id, ProcessRef(pid=vm.owner.pid, start_time=vm.owner.start_time))
+                self.guard(vm.id, runs.process_of(vm.owner))
         await self._read_git_identity()
         server.listen()
         tell_ready()
