@@ -205,6 +205,27 @@ async def test_what_is_not_in_the_contract_is_refused(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b'{"version":1,"method":"ec\xffho","params":{}}',
+        b'{"version":1,"method":"echo","program":"1","params":{"text":"\xff"}}',
+        b'{"version":1,"method":"echo","program":"1","params":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+)
+async def test_a_request_that_is_no_document_is_refused(server: Server, line: bytes) -> None:
+    def work() -> Any:
+        channel = client.connect(server.path)
+        channel.sock.sendall(line + b"\n")
+        answer = channel.read_line()
+        channel.close()
+        return msgspec.json.decode(answer or b"null")
+
+    assert (await asyncio.to_thread(work))["error"]["code"] == "bad_request"
+
+
+@pytest.mark.asyncio
 async def test_a_command_of_another_version_is_told_so(server: Server) -> None:
     with pytest.raises(BangerError) as caught:
         await call(server, "echo", {"text": "x"})

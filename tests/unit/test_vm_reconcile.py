@@ -118,7 +118,7 @@ async def test_lease_that_was_made_before_its_handles_is_released(world: World) 
     assert world.census()["leases"] == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "without its process"])
+@pytest.mark.parametrize("damage", ["cut", "no text", "missing", "without its process"])
 async def test_machine_whose_handles_are_lost_is_adopted_by_its_lease(
     world: World, damage: str
 ) -> None:
@@ -127,6 +127,8 @@ async def test_machine_whose_handles_are_lost_is_adopted_by_its_lease(
     match damage:
         case "cut":
             path.write_bytes(b'{"vmm":"fire')
+        case "no text":
+            path.write_bytes(path.read_bytes().replace(b"tap-fc", b"tap-\xff\xfe"))
         case "missing":
             path.unlink()
         case _:

@@ -22,7 +22,7 @@ import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE, Detached
-from banger.errors import BangerError, find_disk_full
+from banger.errors import MALFORMED, BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
@@ -278,7 +278,7 @@ class Server:
         started = time.monotonic()
         try:
             request = msgspec.json.decode(line, type=Request)
-        except (msgspec.DecodeError, RecursionError) as e:
+        except MALFORMED as e:
             error = BangerError("bad_request", f"the request line is malformed: {e}")
             await channel.write_document(Reply(error=WireError.of(error)))
             return
@@ -366,7 +366,7 @@ class Server:
             raise BangerError("unknown_method", f"there is no method {request.method!r}")
         try:
             return method, msgspec.json.decode(request.params, type=method.params)
-        except (msgspec.DecodeError, RecursionError) as e:
+        except MALFORMED as e:
             raise BangerError("bad_request", f"{request.method}: {e}") from e
 
     async def _carry_out(self, call: Call, method: Method, params: Any) -> Any:
