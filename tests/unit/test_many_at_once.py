@@ -23,7 +23,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import workspaces as w
 from banger.api.records import VmRecord
-from banger.daemon import workspaces
+from banger.daemon import turns, workspaces
 from banger.errors import BangerError
 from banger.rpc import client
 from fakes.incarnation import Installation, installation, wait_until
@@ -421,3 +421,36 @@ def test_stop_does_not_wait_for_an_export(banger: Installation, clients: Clients
         go.set()
     for future in (exporting, second):
         assert isinstance(future.exception(), BangerError)
+
+
+def test_export_whose_client_was_stopped_gives_its_turn_to_those_who_wait(
+    banger: Installation, clients: Clients
+) -> None:
+    """Ctrl-Z, or a pager that waits for a key: nobody's trouble until somebody else is waiting."""
+    create(banger, "web")
+    banger.patch.setattr(turns, "PATIENCE_S", 0.5)
+    began: list[str] = []
+    poured = threading.Event()
+
+    def pour(source: Any, out: Callable[[bytes], object]) -> Any:
+        began.append(source.path)
+        if source.path == "/root/first":
+            while True:
+                out(b"x" * (1 << 16))
+                poured.set()
+        raise BangerError("not_found", "no such directory")
+
+    banger.patch.setattr(workspaces, "export_patch", pour)
+    stopped = client.connect(banger.socket)
+    params = {"vm": "web", "guest_path": "/root/first"}
+    stopped.write_document({"version": 1, "method": "vm.workspace.export", "params": params})
+    try:
+        assert poured.wait(10)
+        wait_until(lambda: bool(banger.operations()))
+        second = clients.start(_export, banger, "web")
+        error = second.exception(_PATIENCE_S)
+        assert isinstance(error, BangerError) and error.code == "not_found"
+        assert began == ["/root/first", "/root/x"]
+        wait_until(lambda: not banger.now.daemon.workspace_locks)
+    finally:
+        stopped.close()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from banger.config.paths import Paths
+    from banger.daemon.turns import Turns
     from banger.rpc.server import Server
     from banger.vmm.driver import Driver
 
@@ -92,7 +93,7 @@ class Daemon:
         self._probing = asyncio.Lock()
         self._guards: set[asyncio.Task[None]] = set()
         self.server: Server | None = None
-        self.workspace_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.workspace_locks: WeakValueDictionary[str, Turns] = WeakValueDictionary()
         """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
 
         self.image_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()

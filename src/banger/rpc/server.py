@@ -63,6 +63,7 @@ class Call:
         self._unsent = Unsent()
         self._sender: asyncio.Task[None] | None = None
         self._given_up = False
+        self._waits_since: float | None = None
         self._sending: set[asyncio.Task[Any]] = set()
         operation.on_cancel = self.give_up
 
@@ -107,7 +108,11 @@ class Call:
             task = asyncio.ensure_future(send(what))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
-            await task
+            self._waits_since = self._loop.time()
+            try:
+                await task
+            finally:
+                self._waits_since = None
 
         try:
             asyncio.run_coroutine_threadsafe(sent(), self._loop).result()
@@ -115,6 +120,11 @@ class Call:
             raise BangerError(
                 "operation_failed", f"{self.operation.kind}: cancelled", reason="cancelled"
             ) from e
+
+    @property
+    def untaken_s(self) -> float:
+        """For how long a worker thread has waited for the client to take what it sends."""
+        return 0.0 if self._waits_since is None else self._loop.time() - self._waits_since
 
     def give_up(self) -> None:
         """Wait for the client no more: a thread that does could not hear of a cancellation."""
