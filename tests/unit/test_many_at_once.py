@@ -25,7 +25,10 @@ from banger.api import workspaces as w
 from banger.api.records import VmRecord
 from banger.daemon import turns, workspaces
 from banger.errors import BangerError
+from banger.files import remove_tree
 from banger.rpc import client
+from banger.vm import create as create_module
+from banger.vm import reconcile as reconcile_module
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.watchdog import watchdog
 from fakes.world import EMPTY, KERNEL
@@ -99,6 +102,37 @@ def test_watchdog_shows_what_hangs(capfd: pytest.CaptureFixture[str]) -> None:
             loop.run_until_complete(waits_for_ever())
     loop.close()
     assert "await ended.wait()" in capfd.readouterr().err
+
+
+def test_removing_large_disks_holds_nobody_up(banger: Installation, clients: Clients) -> None:
+    """ext4 takes seconds to unlink a file of many extents."""
+    for name in ("web", "db"):
+        create(banger, name)
+    (web,) = [vm for vm in banger.call("vm.list", {}, list[VmRecord]) if vm.name == "web"]
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        if path.name.startswith(create_module.ASIDE):
+            reached.set()
+            assert go.wait(_PATIENCE_S)
+        remove_tree(path)
+
+    banger.patch.setattr(create_module, "remove_tree", slow)
+    banger.patch.setattr(reconcile_module, "remove_tree", slow)
+    deleting = clients.start(lambda: banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted))
+    try:
+        assert reached.wait(10)
+        assert states(banger) == {"db": "running"}
+        again = create(banger, "web")
+        assert (again.state, again.id != web.id) == ("running", True)
+        # Whoever looks for what is left over meanwhile does not take it away from under the delete.
+        banger.call("daemon.doctor", p.Doctor(sweep=True), Any)
+        assert not deleting.done()
+    finally:
+        go.set()
+    assert deleting.result(_PATIENCE_S).name == "web"
+    assert [path.name for path in banger.world.paths.vms.iterdir() if path.name[0] == "."] == []
+    assert states(banger) == {"db": "running", "web": "running"}
 
 
 # --- distinct VMs ---------------------------------------------------------------------------------

@@ -40,12 +40,11 @@ from banger.vm.cleanup import handles_of, is_live, release_everything, reset
 from banger.vm.file_sync import choose_entries, plan_file_sync, send_files
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
+from banger.vm.threads import finish_in_thread
 from banger.vm.undo import Undo
 from banger.vmm.driver import remove_stale_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
     from banger.guest.announce import Announcement
     from banger.progress import Reporter
@@ -107,7 +106,7 @@ async def start(
         undo.push("what it held", lambda: _release(ctx, vm))
         timer.stage("disks", "preparing disks")
         async with step("start.disks"):
-            await _finish_thread(_make_disks, ctx, plan)
+            await finish_in_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
@@ -318,17 +317,6 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
         [f"{plan.vm.name}.vm", *([plan.vm.address] if plan.vm.address else [])],
         plan.guest_config.host_key_pub,
     )
-
-
-async def _finish_thread(work: Callable[..., None], *args: object) -> None:
-    """As `asyncio.to_thread`; when cancelled it still waits for the thread, which cannot be stopped
-    and would make again what the undo removes."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        raise
 
 
 async def _release(ctx: VmContext, vm: VmRecord) -> None:
