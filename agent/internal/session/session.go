@@ -38,7 +38,6 @@ const (
 	statusFile  = "status.json"
 	lockFile    = "lock"
 	attachFile  = "attach.lock"
-	sendFile    = "send.lock"
 	stdinFIFO   = "stdin"
 	controlFIFO = "control"
 )
@@ -134,6 +133,9 @@ type Store struct {
 	Keep int64
 
 	mu sync.Mutex // start and remove, one at a time
+
+	turnsMu sync.Mutex
+	turns   map[string]*turn // by session id: who writes to its input, and who waits
 }
 
 // Start starts a session and returns its record once the command runs.
@@ -261,7 +263,7 @@ func (s *Store) supervise(dir string, doc spec) error {
 			return fmt.Errorf("making the session's %s: %w", name, err)
 		}
 	}
-	for _, name := range []string{lockFile, attachFile, sendFile} {
+	for _, name := range []string{lockFile, attachFile} {
 		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
 			return err
 		}
@@ -491,28 +493,17 @@ func readJSON(dir, name string, v any) error {
 // Open file description locks: they belong to the open file, as flock's do, but can be looked at
 // without being taken. Source: fcntl(2), "Open file description locks".
 const (
-	ofdGetLock  = 36
-	ofdSetLock  = 37
-	ofdSetLockW = 38
+	ofdGetLock = 36
+	ofdSetLock = 37
 )
 
-// lock takes a file's lock for as long as the returned file stays open; nil when another has it and
-// wait is false.
-func lock(dir, name string, wait bool) (*os.File, error) {
+// lock takes a file's lock for as long as the returned file stays open; nil when another has it.
+func lock(dir, name string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
-	how := ofdSetLock
-	if wait {
-		how = ofdSetLockW
-	}
-	for {
-		err = syscall.FcntlFlock(f.Fd(), how, &syscall.Flock_t{Type: syscall.F_WRLCK})
-		if err != syscall.EINTR {
-			break
-		}
-	}
+	err = syscall.FcntlFlock(f.Fd(), ofdSetLock, &syscall.Flock_t{Type: syscall.F_WRLCK})
 	if err == nil {
 		return f, nil
 	}
