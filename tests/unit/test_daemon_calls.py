@@ -23,12 +23,13 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.config.settings import Settings
-from banger.daemon import clock, ships
 from banger.daemon import daemon as daemon_module
+from banger.daemon import ships
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
 from banger.errors import BangerError
 from banger.guest.client import GuestClient
+from banger.host import clock
 from banger.rpc import client
 from banger.rpc.server import Server, current_op
 from banger.session import sessions as session_service

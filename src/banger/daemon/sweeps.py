@@ -12,9 +12,9 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from banger.daemon import clock
 from banger.errors import BangerError
 from banger.files import bound_file
+from banger.host import clock
 from banger.units import MIB
 from banger.vm import idle, observe, space
 from banger.vm.cleanup import is_live

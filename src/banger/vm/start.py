@@ -27,6 +27,7 @@ from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
 from banger.guest.config import CONFIG_MEMBER
+from banger.host import clock
 from banger.host.lease import derive_mac
 from banger.host.uplink import find_uplink_mtu
 from banger.host.vmm_process import ExitStatus, ProcessRef, launch_vmm, wait_exit
@@ -40,6 +41,7 @@ from banger.vm.cleanup import handles_of, is_live, release_everything, reset
 from banger.vm.file_sync import choose_entries, plan_file_sync, send_files
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
+from banger.vm.space import send_time
 from banger.vm.threads import finish_in_thread
 from banger.vm.undo import Undo
 from banger.vmm.driver import remove_stale_sockets
@@ -131,6 +133,9 @@ async def start(
             announced = listening.enter_context(
                 ctx.announcements.expect(vm.id, plan.guest_config.token)
             )
+            # The guest is told the time once, when it announces itself; in the record, and so known
+            # to those who look for jumps of the clocks, it is later.
+            clocks = clock.read_clocks()
             timer.stage("launch", f"starting {driver.name}")
             async with step("start.launch"):
                 process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
@@ -176,6 +181,8 @@ async def start(
             running = _publish(ctx, vm, driver, process, announcement)
         # Not before: a record that cannot be written must not leave a machine that nobody knows.
         undo.keep()
+    if clock.find_jump(clocks, clock.read_clocks()) is not None:
+        await send_time(ctx, running)
     timer.log(vm)
     if plan.lease is not None:
         # Not before: on a small host it would take from the guest's boot.
