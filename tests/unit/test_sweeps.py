@@ -119,6 +119,29 @@ async def test_guest_that_boots_while_the_host_sleeps_is_told_the_time(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_guests_that_are_adopted_are_told_the_time_if_the_host_slept_without_a_daemon(
+    world: World, damaged: bool
+) -> None:
+    vm = await world.create()
+    guest = world.driver.guests[vm.id]
+    guest.answers["time"] = {"result": {}}
+    clocks, kept = Clocks(), world.paths.clocks
+    first = Sweeps(world.ctx, helper_log=None, kept=kept, read_clocks=clocks)
+    await first.check_clocks()
+    await world.crash()
+    if damaged:
+        kept.write_bytes(b'{"monotonic_s":\xff')
+    clocks.reading = later(s=5, slept_s=8000)
+    for _ in range(2):
+        # The second daemon finds that the first one has told them.
+        following = Sweeps(world.ctx, helper_log=None, kept=kept, read_clocks=clocks)
+        await following.check_clocks()
+        assert guest.asked == ([] if damaged else ["time"])
+        await world.crash()
+
+
+@pytest.mark.asyncio
 async def test_guest_that_takes_no_time_keeps_nobody_out(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -85,7 +85,9 @@ class Daemon:
             names=self.names,
         )
         self.sweeps = Sweeps(
-            self.vms, helper_log=paths.helper_log if paths.mode == "user" else None
+            self.vms,
+            helper_log=paths.helper_log if paths.mode == "user" else None,
+            kept=paths.clocks,
         )
         self._git_identity: GitIdentity | None = None
         self._verdict: Verdict | None = None
