@@ -155,7 +155,7 @@ class FakeHost:
         process = self.processes.get(status.id)
         if process is None:
             return status
-        return msgspec.structs.replace(status, pid=process.pid, start_time=process.start_time)
+        return msgspec.structs.replace(status, **msgspec.structs.asdict(process))
 
     async def aclose(self) -> None:
         """The helper ends; the leases stay."""

@@ -52,7 +52,7 @@ def lease(served: Served) -> Iterator[dict[str, Any]]:
 
 def launch(served: Served, lease: dict[str, Any]) -> tuple[int, int]:
     result = served.call("launch", **lease)["result"]
-    assert result.keys() == {"pid", "start_time"}
+    assert result.keys() == {"pid", "start_time", "boot_id"}
     return result["pid"], result["start_time"]
 
 

@@ -179,7 +179,7 @@ def test_lease_of_schema_1_can_be_released(leases: Leases, prepared: Prepared) -
     plan = prepared(2)
     path = Path(leases.ledger.directory, f"{plan.vm_id}.json")
     document = json.loads(path.read_text())
-    for name in ("tap", "scope", "pid", "start_time"):
+    for name in ("tap", "scope", "pid", "start_time", "boot_id"):
         del document[name]
     for name in ("nat", "guest_host_ports", "limits", "jail"):
         del document["plan"][name]

@@ -23,12 +23,13 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.config.settings import Settings
-from banger.daemon import clock, ships
 from banger.daemon import daemon as daemon_module
+from banger.daemon import ships
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
 from banger.errors import BangerError
 from banger.guest.client import GuestClient
+from banger.host import clock
 from banger.rpc import client
 from banger.rpc.server import Server, current_op
 from banger.session import sessions as session_service
@@ -375,6 +376,21 @@ async def test_ephemeral_vm_whose_command_ended_while_no_daemon_ran_goes_at_the_
     end(owner)
     await banger.start()
     await until(lambda: banger.world.census() == EMPTY)
+
+
+async def test_ephemeral_vm_whose_command_ran_before_a_reboot_goes_whoever_has_its_pid_now(
+    banger: Running,
+) -> None:
+    owner = await start_owner(banger)
+    store = banger.world.store
+    vm = store.resolve("web")
+    assert vm.owner is not None and vm.owner.boot_id
+    await banger.stop()
+    then = msgspec.structs.replace(vm.owner, boot_id="0b0d3b5e-5d3a-4a5c-8f2e-000000000000")
+    store.update(vm.id, owner=then)
+    await banger.start()
+    await until(lambda: banger.world.census() == EMPTY)
+    end(owner)
 
 
 # --- the daemon's own end -------------------------------------------------------------------------

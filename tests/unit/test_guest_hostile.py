@@ -223,8 +223,18 @@ async def test_a_put_can_be_cancelled_after_the_guest_has_gone() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_malformed_last_frame_is_an_error_of_the_contract() -> None:
-    agent = Agent(encode(FrameType.RESULT, b"\xff{"), takes=5)
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (FrameType.RESULT, b"\xff{"),
+        (FrameType.ERROR, b'{"code":"not_found","message":"\xff"}'),
+        (FrameType.ERROR, b'{"code":"not_found","message":' + b"[" * 5000),
+    ],
+)
+async def test_a_malformed_last_frame_is_an_error_of_the_contract(
+    kind: FrameType, payload: bytes
+) -> None:
+    agent = Agent(encode(kind, payload), takes=5)
     async with guest_with(agent) as client:
         with pytest.raises(BangerError, match="malformed"):
             await client.put("/x", lambda out: out.write(b"x"))

@@ -23,9 +23,12 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import workspaces as w
 from banger.api.records import VmRecord
-from banger.daemon import workspaces
+from banger.daemon import turns, workspaces
 from banger.errors import BangerError
+from banger.files import remove_tree
 from banger.rpc import client
+from banger.vm import create as create_module
+from banger.vm import reconcile as reconcile_module
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.watchdog import watchdog
 from fakes.world import EMPTY, KERNEL
@@ -99,6 +102,37 @@ def test_watchdog_shows_what_hangs(capfd: pytest.CaptureFixture[str]) -> None:
             loop.run_until_complete(waits_for_ever())
     loop.close()
     assert "await ended.wait()" in capfd.readouterr().err
+
+
+def test_removing_large_disks_holds_nobody_up(banger: Installation, clients: Clients) -> None:
+    """ext4 takes seconds to unlink a file of many extents."""
+    for name in ("web", "db"):
+        create(banger, name)
+    (web,) = [vm for vm in banger.call("vm.list", {}, list[VmRecord]) if vm.name == "web"]
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        if path.name.startswith(create_module.ASIDE):
+            reached.set()
+            assert go.wait(_PATIENCE_S)
+        remove_tree(path)
+
+    banger.patch.setattr(create_module, "remove_tree", slow)
+    banger.patch.setattr(reconcile_module, "remove_tree", slow)
+    deleting = clients.start(lambda: banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted))
+    try:
+        assert reached.wait(10)
+        assert states(banger) == {"db": "running"}
+        again = create(banger, "web")
+        assert (again.state, again.id != web.id) == ("running", True)
+        # Whoever looks for what is left over meanwhile does not take it away from under the delete.
+        banger.call("daemon.doctor", p.Doctor(sweep=True), Any)
+        assert not deleting.done()
+    finally:
+        go.set()
+    assert deleting.result(_PATIENCE_S).name == "web"
+    assert [path.name for path in banger.world.paths.vms.iterdir() if path.name[0] == "."] == []
+    assert states(banger) == {"db": "running", "web": "running"}
 
 
 # --- distinct VMs ---------------------------------------------------------------------------------
@@ -421,3 +455,36 @@ def test_stop_does_not_wait_for_an_export(banger: Installation, clients: Clients
         go.set()
     for future in (exporting, second):
         assert isinstance(future.exception(), BangerError)
+
+
+def test_export_whose_client_was_stopped_gives_its_turn_to_those_who_wait(
+    banger: Installation, clients: Clients
+) -> None:
+    """Ctrl-Z, or a pager that waits for a key: nobody's trouble until somebody else is waiting."""
+    create(banger, "web")
+    banger.patch.setattr(turns, "PATIENCE_S", 0.5)
+    began: list[str] = []
+    poured = threading.Event()
+
+    def pour(source: Any, out: Callable[[bytes], object]) -> Any:
+        began.append(source.path)
+        if source.path == "/root/first":
+            while True:
+                out(b"x" * (1 << 16))
+                poured.set()
+        raise BangerError("not_found", "no such directory")
+
+    banger.patch.setattr(workspaces, "export_patch", pour)
+    stopped = client.connect(banger.socket)
+    params = {"vm": "web", "guest_path": "/root/first"}
+    stopped.write_document({"version": 1, "method": "vm.workspace.export", "params": params})
+    try:
+        assert poured.wait(10)
+        wait_until(lambda: bool(banger.operations()))
+        second = clients.start(_export, banger, "web")
+        error = second.exception(_PATIENCE_S)
+        assert isinstance(error, BangerError) and error.code == "not_found"
+        assert began == ["/root/first", "/root/x"]
+        wait_until(lambda: not banger.now.daemon.workspace_locks)
+    finally:
+        stopped.close()

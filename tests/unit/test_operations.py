@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from banger.api import operations as o
 from banger.api import params as p
@@ -467,6 +472,76 @@ def test_journal_survives_torn_lines_and_stays_small(
     assert [row.target for row in rows][-3:] == ["vm-98", "vm-99", "last"]
     assert (rows[-1].id, rows[-1].state) == (begun.id, "unknown")
     again.close()
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may become longer than that; a write stops there, short, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, -1])
+def test_journal_on_a_full_disk_keeps_whole_lines_and_catches_up_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """`room` -1: for all of the line but its newline."""
+    monkeypatch.setattr(table.time, "time", lambda: 1_700_000_000.0)
+    journal = tmp_path / "journal"
+    operations = Operations(journal)
+    first = operations.begin("op-000001", "vm.stop", p.StopVm(vm="first"))
+    before = journal.read_bytes()
+    if room < 0:
+        room += len(before)  # the next one is as long
+    with room_for(len(before) + room):
+        operations.begin("op-000002", "vm.stop", p.StopVm(vm="secnd"))
+        assert journal.read_bytes() == before
+        operations.begin("op-000003", "vm.stop", p.StopVm(vm="third"))
+        assert journal.read_bytes() == before
+    operations.end(first, "done")
+    operations.begin("op-000004", "vm.stop", p.StopVm(vm="forth"))
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    assert [line["id"][-1] for line in lines if "kind" in line] == ["1", "2", "3", "4"]
+    assert [p.name for p in tmp_path.iterdir()] == ["journal"]
+    operations.close()
+    again = Operations(journal)
+    assert [(row.target, row.state) for row in again.list()] == [
+        ("first", "done"), ("secnd", "unknown"), ("third", "unknown"), ("forth", "unknown"),
+    ]  # fmt: skip
+    again.close()
+
+
+@given(st.integers(0, 999_999), st.integers(-1, 255))
+@settings(max_examples=60, deadline=None)
+def test_journal_that_was_cut_or_damaged_anywhere_is_read_as_far_as_it_is_whole(
+    millionths: int, value: int
+) -> None:
+    """`value` is what one byte becomes; -1: the file ends there."""
+    with tempfile.TemporaryDirectory() as directory:
+        journal = Path(directory, "journal")
+        operations = Operations(journal)
+        for number in range(3):
+            entry = operations.begin(
+                "", "vm.stop", p.StopVm(vm=f"vm-\N{GREEK SMALL LETTER PI}{number}")
+            )
+            operations.end(entry, "done", result={"name": "\N{SNOWMAN}"})
+        operations.close()
+        content = bytearray(journal.read_bytes())
+        at = len(content) * millionths // 1_000_000
+        content[at:] = b"" if value < 0 else bytes([value]) + content[at + 1 :]
+        journal.write_bytes(content)
+        again = Operations(journal)
+        rows = again.list()
+        assert len(rows) >= (content[:at].count(b"\n") if value < 0 else 4) // 2
+        added = again.begin("", "vm.start", p.StartVm(vm="added"))
+        again.close()
+        last = Operations(journal)
+        assert last.list()[-1].id == added.id and len(last.list()) == len(rows) + 1
+        last.close()
 
 
 def test_journal_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from banger.catalog.index import (
     verify_index,
 )
 from banger.disk.space import require_space
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.minisign import PublicKey, parse_public_key
 from banger.oci.http import Http, place
 from banger.units import format_size
@@ -145,7 +145,7 @@ def read_manifest(directory: Path, kind: type[T], *, what: str) -> T:
         if path.stat().st_size > _MOST_MANIFEST_BYTES:
             raise ValueError("its manifest is too large")
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as e:
+    except (OSError, *MALFORMED) as e:
         raise bad_bundle(f"reading {what}", e) from e
 
 
@@ -169,7 +169,7 @@ def _read_seen(path: Path) -> dict[str, int]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         # Not an empty one: then an old index could come back.
         raise BangerError(
             "operation_failed",

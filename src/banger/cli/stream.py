@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.rpc.frames import FrameDecoder, FrameType, encode
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def decoded(document: bytes, kind: type[T]) -> T:
     """What the agent said, checked: it is the guest's word."""
     try:
         return msgspec.json.decode(document, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"the guest agent's answer is malformed: {e}") from e
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 
 if TYPE_CHECKING:
     from banger.config.system_paths import SystemPaths
@@ -44,7 +44,7 @@ def read_install_record(system: SystemPaths) -> InstallRecord | None:
         return msgspec.toml.decode(system.record.read_bytes(), type=InstallRecord)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed",
             f"{doing}: {e}",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from banger.config.file_sync import FileSync, check_file_sync
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.minisign import BadSignature, parse_public_key
 from banger.units import GIB, parse_duration, parse_size
 
@@ -216,7 +216,7 @@ def _read_layer(path: Path) -> dict[str, Any]:
         raise BangerError("bad_request", f"{doing}: {e.strerror}", hint=f"ls -l {path}") from e
     try:
         layer = msgspec.toml.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except MALFORMED as e:
         raise BangerError("bad_request", f"{doing}: {e}", hint=f"$EDITOR {path}") from e
     # Two keys that may also be written in their simple form (spec 2.2).
     if isinstance(cidr := layer.get("cidr"), str) and cidr.isascii() and cidr.isdigit():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import OwnerProcess, VmRecord
@@ -50,7 +52,7 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     vm = await create(daemon.vms, params.create, image, call, owner=owner)
     call.operation.target = vm.name
     if owner is not None:
-        daemon.guard(vm.id, ProcessRef(pid=owner.pid, start_time=owner.start_time))
+        daemon.guard(vm.id, process_of(owner))
     async with Undo() as undo:
         # Until its client has the connection: who leaves earlier is told that nothing is left.
         undo.push(f"VM {vm.name}", lambda: delete(daemon.vms, vm, kill_it=True))
@@ -92,7 +94,11 @@ def _owner(pid: int) -> OwnerProcess:
     process = find_process(pid)
     if process is None:
         raise BangerError("operation_failed", "the command that asked for the VM is gone")
-    return OwnerProcess(pid=process.pid, start_time=process.start_time)
+    return msgspec.convert(process, OwnerProcess, from_attributes=True)
+
+
+def process_of(owner: OwnerProcess) -> ProcessRef:
+    return msgspec.convert(owner, ProcessRef, from_attributes=True)
 
 
 async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from banger import files
 from banger.disk.identity import FileChanged, FileIdentity, check_identity, identify
+from banger.errors import MALFORMED
 from banger.faults import step
 
 if TYPE_CHECKING:
@@ -109,6 +110,6 @@ def _is_intact(target: Path) -> bool:
         index = msgspec.json.decode((target / _INDEX).read_bytes(), type=_Index)
         for name, identity in index.files.items():
             check_identity(target / name, identity, hash_always=True)
-    except (OSError, msgspec.DecodeError, FileChanged):
+    except (OSError, FileChanged, *MALFORMED):
         return False
     return True

@@ -18,7 +18,7 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request, WireError
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.guest.endpoint import Endpoint, connect
 from banger.rpc import frames
 from banger.rpc.blocking import BlockingChannel
@@ -291,7 +291,7 @@ def _final_frame(channel: BlockingChannel, doing: str) -> bytes:
 def _decode(payload: bytes, kind: type[T], doing: str) -> T:
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 
 

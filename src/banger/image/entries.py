@@ -17,7 +17,7 @@ from banger import files
 from banger.api.records import ImageConfig, ImageRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.faults import step
 from banger.names import check_entry_name
 
@@ -199,7 +199,7 @@ def find_manifest(directory: Path) -> ImageManifest | None:
         return msgspec.json.decode(path.read_bytes(), type=ImageManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed", f"reading the image manifest {path}: {e}", hint=f"ls -l {path}"
         ) from e

@@ -16,7 +16,7 @@ from banger import files
 from banger.api.records import KernelRecord
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.faults import step
 from banger.names import check_entry_name
 
@@ -168,7 +168,7 @@ def find_manifest(directory: Path) -> KernelManifest | None:
         return msgspec.json.decode(path.read_bytes(), type=KernelManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed",
             f"reading the kernel manifest {path}: {e}",

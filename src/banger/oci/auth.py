@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.oci.http import BrokenTransfer, address_from, place
 from banger.oci.reference import is_loopback
 
@@ -141,7 +141,7 @@ class Login:
                 )
             try:
                 reply = msgspec.json.decode(answer.text(_MOST_TOKEN_BYTES), type=_TokenReply)
-            except (msgspec.DecodeError, RecursionError, BrokenTransfer) as e:
+            except (BrokenTransfer, *MALFORMED) as e:
                 raise BangerError(
                     "operation_failed", f"asking {place(url)} for a token: no sensible answer"
                 ) from e

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.oci.reference import SHORT_NAME_REGISTRY
 from banger.process import find_program, run
 
@@ -104,7 +104,7 @@ def _read(path: Path) -> _DockerConfig:
         return _DockerConfig()
     except OSError as e:
         raise BangerError("operation_failed", f"reading {path}: {e.strerror}") from e
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         # Its words name the place, never the content.
         raise BangerError("operation_failed", f"reading {path}: {e}") from e
 
@@ -148,7 +148,7 @@ def _ask(helper: str, key: str) -> Credentials | None:
         raise BangerError("operation_failed", f"{name} ended with status {done.returncode}")
     try:
         reply = msgspec.json.decode(done.stdout[:_MOST_BYTES], type=_HelperReply)
-    except msgspec.DecodeError as e:
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{name} gave no answer that makes sense") from e
     if reply.username == _TOKEN_USER:
         return Credentials(identity_token=reply.secret)

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.files import sha256_file
 from banger.oci.documents import (
     MOST_DOCUMENT_BYTES,
@@ -106,7 +106,7 @@ def read_docker_archive(path: Path, tag: str | None) -> OciImage:
             entries = msgspec.json.decode(
                 _document(files, "manifest.json"), type=tuple[_SaveEntry, ...]
             )
-        except (msgspec.DecodeError, RecursionError) as e:
+        except MALFORMED as e:
             raise BadImage(f"manifest.json: {e}") from e
         names = [name for entry in entries for name in entry.repo_tags or ()]
         if tag is not None:

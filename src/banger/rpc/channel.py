@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.api.envelope import Reply
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def decode_reply(line: bytes | None, doing: str) -> Reply:
         raise connection_lost(doing)
     try:
         reply = msgspec.json.decode(line, type=Reply)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: the peer's reply is malformed: {e}") from e
     if reply.error is not None:
         raise reply.error.exception()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import msgspec
 
 from banger.api.envelope import WireError
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 from banger.rpc.channel import connection_lost
 from banger.rpc.frames import FrameType
@@ -109,5 +109,5 @@ def decode(payload: bytes, kind: type[T], doing: str) -> T:
     """A document of the peer, checked. Raises BangerError."""
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e

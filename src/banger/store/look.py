@@ -10,7 +10,7 @@ from urllib.parse import quote
 import msgspec
 
 from banger.api.records import VmRecord
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.store.database import migrations
 
 if TYPE_CHECKING:
@@ -55,5 +55,5 @@ def look_at_database(path: Path) -> DatabaseLook | None:
             elif version == 0:
                 vms = ()
             return DatabaseLook(version=version, known_version=known, problems=problems, vms=vms)
-    except (sqlite3.Error, msgspec.DecodeError) as e:
+    except (sqlite3.Error, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading the database {path}: {e}") from e

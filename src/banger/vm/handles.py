@@ -13,7 +13,7 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.records import VmmName
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.files import write_atomic
 from banger.guest.endpoint import Endpoint
 from banger.host.lease import LeaseId, LeasePlan
@@ -56,7 +56,7 @@ def find_handles(paths: VmPaths) -> Handles | None:
         return msgspec.json.decode(paths.handles.read_bytes(), type=Handles)
     except FileNotFoundError:
         return None
-    except (msgspec.DecodeError, OSError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading {paths.handles}: {e}") from e
 
 
@@ -69,5 +69,5 @@ def read_secrets(paths: VmPaths) -> Secrets:
     """Raises BangerError when the file is gone or damaged."""
     try:
         return msgspec.json.decode(paths.secrets.read_bytes(), type=Secrets)
-    except (msgspec.DecodeError, OSError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading {paths.secrets}: {e}") from e

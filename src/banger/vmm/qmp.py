@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.vmm.driver import connected
 
 if TYPE_CHECKING:
@@ -69,5 +69,5 @@ async def _read(reader: asyncio.StreamReader, command: str) -> _Message:
     try:
         line = await reader.readuntil(b"\n")
         return msgspec.json.decode(line, type=_Message)
-    except (asyncio.LimitOverrunError, msgspec.DecodeError) as e:
+    except (asyncio.LimitOverrunError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"QMP {command}: {e}") from e

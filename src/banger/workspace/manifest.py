@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from banger.api.records import Workspace
+from banger.errors import MALFORMED
 from banger.faults import step
 from banger.files import sync_directory, write_atomic
 from banger.rpc.trees import Record  # noqa: TC001 - msgspec reads the annotations
@@ -87,7 +88,7 @@ def find_manifest(directory: Path, guest_path: str) -> Manifest | None:
         found = msgspec.msgpack.decode(
             manifest_path(directory, guest_path).read_bytes(), type=Manifest
         )
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *MALFORMED):
         return None
     return found if found.version == _VERSION else None
 
