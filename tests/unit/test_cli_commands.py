@@ -399,7 +399,9 @@ class Banger:
         if shell:
             argv = ["sh", "-c", f'exec "$@" {shell}', "sh", *argv]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": -1, **options}
-        return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, **pipes)
+        # As users have it: an unbuffered stdout fails elsewhere, and keeps nothing for the exit.
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        return subprocess.Popen(argv, env={**env, "PYTHONPATH": str(ROOT / "src")}, **pipes)
 
     def run(self, *words: str, stdin: bytes | None = None, **options: Any) -> tuple[int, str, str]:
         if stdin is not None:
@@ -427,7 +429,14 @@ def banger(serve: Serve, agent: Agent) -> Iterator[Banger]:
         call.stage("plan", "planning")
         await give(call, r.RunResult(vm=VM, access=access(pid=machine.pid)))
 
-    daemon = serve(vm__connect=connect, vm__run=run, vm__delete=lambda _: r.Deleted(name="web"))
+    daemon = serve(
+        vm__connect=connect,
+        vm__run=run,
+        vm__delete=lambda _: r.Deleted(name="web"),
+        vm__list=lambda _: [VM],
+        vm__show=missing,
+        vm__health=missing,
+    )
     yield Banger(daemon, machine)
     machine.kill()
     machine.wait()
@@ -454,6 +463,44 @@ def test_exec_with_a_closed_stdin_gives_the_command_an_empty_one(banger: Banger)
 def test_exec_with_a_closed_stdout_does_not_write_into_a_connection(banger: Banger) -> None:
     status, out, _ = banger.run("vm", "exec", "web", "--", "sh", "-c", "echo lost", shell=">&-")
     assert (status, out) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vm", "list"),
+        ("vm", "list", "--json"),
+        ("vm", "health", "wbe", "--json"),
+        ("vm", "--help"),
+        ("--version",),
+        ("vm", "exec", "web", "--", "echo", "lost"),
+    ],
+    ids=" ".join,
+)
+def test_output_that_cannot_be_written_is_told_in_one_line(
+    banger: Banger, words: tuple[str, ...]
+) -> None:
+    """The disk of the host is not full because our stdout is, and Python has nothing to add."""
+    status, _, err = banger.run(*words, shell=">/dev/full")
+    assert status == 1
+    assert err.startswith("banger: writing the output")
+    assert err.endswith(": No space left on device\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_errors_that_cannot_be_written_leave_the_status(banger: Banger) -> None:
+    assert banger.run("vm", "nope", shell="2>/dev/full")[0] in (1, 2)
+    assert banger.run("vm", "show", "wbe", shell="2>/dev/full")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("vm", "show", b"h\xff"), ("vm", "exec", "web", "--", "echo", b"h\xff")]
+)
+def test_words_that_are_no_text_are_refused_in_words(
+    banger: Banger, words: tuple[str | bytes, ...]
+) -> None:
+    status, _, err = banger.run(*map(os.fsdecode, words))
+    assert (status, err) == (2, "banger: bad request: b'h\\xff' is not UTF-8\n")
 
 
 def test_run_runs_the_command_and_says_that_the_vm_still_runs(banger: Banger) -> None:
