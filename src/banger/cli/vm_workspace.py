@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from banger.api.params import ShipWorkspace
 from banger.cli.complete import VM
 from banger.cli.draw import print_json, progress, quiet_option, verbose_option
 from banger.cli.errors import warn
+from banger.cli.opened import open_opened
 from banger.cli.server import Server
 from banger.errors import BangerError
 from banger.files import new_file
@@ -207,23 +207,17 @@ def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:
     warn(f"{count} in {output}; bring them in with: {bring} {shlex.quote(output)}")
 
 
-_STREAMS = {"stdout": 1, "stderr": 2}
-_OPENED = re.compile(r"/dev/(?:std(?:out|err)|fd/([0-9]{1,5}))|/proc/self/fd/([0-9]{1,5})")
-
-
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Callable[[bytes], object]]:
     """A file that gets its name when it is whole; a failure leaves the old one. What is no file, a
     pipe or /dev/null, stays what it is."""
     try:
-        # What our caller has opened, for more than this perhaps: no other file takes its place.
-        if opened := _OPENED.fullmatch(str(path.absolute())):
-            with os.fdopen(os.dup(int(opened[1] or opened[2] or _STREAMS[path.name])), "wb") as f:
-                yield f.write
-            return
-        if path.exists() and not path.is_file():
-            with path.open("wb") as f:
-                yield f.write
+        there = open_opened(str(path))
+        if there is None and path.exists() and not path.is_file():
+            there = path.open("wb")
+        if there is not None:
+            with there:
+                yield there.write
             return
         # Through a link: it is the user's, and says where the file is to be.
         with new_file(_follow(path), mode=0o666) as f:
