@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,32 @@ def test_stop_of_several_goes_on_after_a_failure_in_the_order_given(
     assert done.err.count("there is no VM") == 1
     assert sorted(params.vm for _, params in daemon.asked) == ["a", "b", "wbe"]
     assert {params.timeout_s for _, params in daemon.asked} == {5.0}
+
+
+@pytest.mark.parametrize("names", [("web",), ("web", "db")])
+def test_interrupt_of_a_start_does_not_wait_for_its_end(
+    serve: Serve, names: tuple[str, ...]
+) -> None:
+    begun, given_back = threading.Barrier(len(names) + 1), threading.Semaphore(0)
+
+    async def start(call: Call, params: p.StartVm) -> None:
+        await asyncio.to_thread(begun.wait, 15)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_back.release()
+
+    serve(vm__start=start)
+    with subprocess.Popen(
+        [sys.executable, "-m", "banger.cli.entry", "vm", "start", *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        begun.wait(15)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=15)[1]
+    assert process.returncode == 130
+    assert "banger: interrupted" in err
+    assert all(given_back.acquire(timeout=15) for _ in names)
 
 
 def test_note_of_a_stop_goes_to_stderr(cli: CommandLine, serve: Serve) -> None:
