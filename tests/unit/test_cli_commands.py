@@ -295,6 +295,19 @@ def test_stop_of_several_goes_on_after_a_failure_in_the_order_given(
     assert {params.timeout_s for _, params in daemon.asked} == {5.0}
 
 
+def interrupted(*words: str, begun: threading.Barrier) -> str:
+    """What a command says on Ctrl-C, which it gets when all its calls have begun."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "banger.cli.entry", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        begun.wait(15)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=15)[1]
+    assert process.returncode == 130
+    return err.lstrip()
+
+
 @pytest.mark.parametrize("names", [("web",), ("web", "db")])
 def test_interrupt_of_a_start_does_not_wait_for_its_end(
     serve: Serve, names: tuple[str, ...]
@@ -302,23 +315,37 @@ def test_interrupt_of_a_start_does_not_wait_for_its_end(
     begun, given_back = threading.Barrier(len(names) + 1), threading.Semaphore(0)
 
     async def start(call: Call, params: p.StartVm) -> None:
-        await asyncio.to_thread(begun.wait, 15)
         try:
+            await asyncio.to_thread(begun.wait, 15)
             await asyncio.Event().wait()
         finally:
             given_back.release()
 
     serve(vm__start=start)
-    with subprocess.Popen(
-        [sys.executable, "-m", "banger.cli.entry", "vm", "start", *names],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        begun.wait(15)
-        process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=15)[1]
-    assert process.returncode == 130
-    assert "banger: interrupted" in err
+    err = interrupted("vm", "start", *names, begun=begun)
+    assert err.splitlines()[0] == "banger: interrupted"
     assert all(given_back.acquire(timeout=15) for _ in names)
+
+
+def test_interrupt_says_what_was_not_given_back(serve: Serve) -> None:
+    begun = threading.Barrier(2)
+
+    async def restart(call: Call, params: p.StartVm) -> None:
+        try:
+            await asyncio.to_thread(begun.wait, 15)
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as e:
+            raise BangerError(
+                "operation_failed", "VM web was \x1b[1mstopped", hint="banger vm start web",
+                outcome="unknown",
+            ) from e  # fmt: skip
+
+    serve(vm__restart=restart)
+    assert interrupted("vm", "restart", "web", begun=begun).splitlines() == [
+        "banger: interrupted",
+        "VM web was ?[1mstopped",
+        "hint: banger vm start web",
+    ]
 
 
 def test_note_of_a_stop_goes_to_stderr(cli: CommandLine, serve: Serve) -> None:

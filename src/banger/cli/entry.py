@@ -109,7 +109,9 @@ def _run(argv: list[str]) -> int:
         return 1
     except (click.Abort, KeyboardInterrupt) as e:
         # click raises its own of a KeyboardInterrupt, which may say what became of the call.
-        notes = getattr(e.__cause__ or e, "__notes__", [])
+        from banger.cli.errors import harmless
+
+        notes = map(harmless, getattr(e.__cause__ or e, "__notes__", []))
         sys.stderr.write("\n".join(["banger: interrupted", *notes]) + "\n")
         return 130
     except BangerError as e:
