@@ -33,6 +33,7 @@ from banger.rpc import client
 from banger.rpc.server import Server, current_op
 from banger.session import sessions as session_service
 from banger.vm import idle
+from banger.vm.stop import delete, kill
 from banger.vmm.probe import Verdict
 from fakes.world import EMPTY, World
 
@@ -330,6 +331,37 @@ async def test_run_that_fails_after_its_vm_runs_says_that_it_does(
     with pytest.raises(BangerError, match="no connection"):
         await banger.stream("vm.run", run_params(banger.world, rm=True))
     assert banger.world.census() == EMPTY
+
+
+@pytest.mark.parametrize("rm", [False, True])
+async def test_run_whose_vm_is_deleted_meanwhile_says_what_failed_and_no_more(
+    banger: Running, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await delete(banger.world.ctx, banger.world.store.resolve("web"), kill_it=True)
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError) as failed:
+        await banger.stream("vm.run", run_params(banger.world, rm=rm))
+    assert (str(failed.value), failed.value.outcome) == ("no connection", "failed")
+    assert banger.world.census() == EMPTY
+
+
+async def test_run_whose_machine_ends_meanwhile_does_not_say_that_it_runs(
+    banger: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await kill(banger.world.ctx, banger.world.store.resolve("web"), "KILL")
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError, match="VM web was created and does not run any more"):
+        await banger.stream("vm.run", run_params(banger.world))
 
 
 async def start_owner(banger: Running) -> subprocess.Popen[bytes]:
