@@ -152,7 +152,7 @@ def health(guest: GuestCommand, vm: str, as_json: bool) -> None:
     else:
         width = max(map(len, answer), default=0)
         lines = (f"{key.ljust(width)}  {value}" for key, value in answer.items())
-        sys.stdout.writelines(harmless(line) + "\n" for line in lines)
+        sys.stdout.writelines(harmless(line).replace("\n", "?") + "\n" for line in lines)
 
 
 @click.command()
