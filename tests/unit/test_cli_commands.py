@@ -243,6 +243,15 @@ def test_error_of_the_daemon_is_shown_with_its_operation_and_hint(
     assert hint == "hint: banger vm list"
 
 
+def test_next_command_has_the_name_of_the_vm(cli: CommandLine, serve: Serve) -> None:
+    def fail(_: Any) -> None:
+        raise BangerError("operation_failed", "no agent", hint="banger vm logs VM; then VMs")
+
+    serve(vm__health=fail, image__show=fail)
+    assert cli("vm", "health", "web").err.endswith("\nhint: banger vm logs web; then VMs\n")
+    assert cli("image", "show", "web").err.endswith("\nhint: banger vm logs VM; then VMs\n")
+
+
 def test_error_is_json_where_json_was_asked_for(cli: CommandLine, serve: Serve) -> None:
     serve(vm__health=missing)
     done = cli("vm", "health", "wbe", "--json")
