@@ -47,6 +47,12 @@ VM = VmRecord(
 )
 
 
+IMAGE = ImageRecord(
+    id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
+    rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
+)  # fmt: skip
+
+
 def named(name: str, **changes: Any) -> VmRecord:
     return msgspec.structs.replace(VM, name=name, **changes)
 
@@ -106,11 +112,6 @@ def test_prune_says_what_goes_what_stays_and_the_limit(
 
 
 def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
-    good = ImageRecord(
-        id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
-        rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
-    )  # fmt: skip
-
     def verify(params: p.NameRef) -> ImageRecord:
         if params.name == "bad":
             raise BangerError(
@@ -119,7 +120,7 @@ def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve
                 hint="banger image delete bad",
                 reason="files_changed",
             )
-        return good
+        return IMAGE
 
     serve(image__verify=verify)
     done = cli("image", "verify", "bad", "good")
@@ -302,6 +303,46 @@ def test_stop_of_several_goes_on_after_a_failure_in_the_order_given(
     assert done.err.count("there is no VM") == 1
     assert sorted(params.vm for _, params in daemon.asked) == ["a", "b", "wbe"]
     assert {params.timeout_s for _, params in daemon.asked} == {5.0}
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        (("vm", "start"), "vm.start"), (("vm", "stop"), "vm.stop"),
+        (("vm", "restart"), "vm.restart"), (("vm", "kill"), "vm.kill"),
+        (("vm", "delete"), "vm.delete"), (("vm", "set", "--nat"), "vm.set"),
+        (("image", "verify"), "image.verify"), (("image", "delete"), "image.delete"),
+        (("kernel", "rm"), "kernel.delete"),
+    ],
+)  # fmt: skip
+def test_results_of_several_are_one_list_for_programs(
+    cli: CommandLine, serve: Serve, command: tuple[str, ...], method: str
+) -> None:
+    def answer(params: Any) -> Any:
+        if "wbe" in msgspec.structs.astuple(params):
+            missing(params)
+        return results[method]
+
+    results: dict[str, Any] = {
+        "vm.set": r.SetResult(vm=VM),
+        "image.verify": IMAGE,
+        **dict.fromkeys(("vm.delete", "image.delete", "kernel.delete"), r.Deleted(name="web")),
+        **dict.fromkeys(("vm.start", "vm.stop", "vm.restart", "vm.kill"), r.Outcome(vm=VM)),
+    }
+    serve(**{method.replace(".", "__"): answer})
+    done = cli(*command, "wbe", "web", "--json")
+    failed, fine = json.loads(done.out)
+    assert (done.status, failed["error"]["code"]) == (1, "not_found")
+    assert fine == json.loads(msgspec.json.encode(results[method]))
+    assert "there is no VM" not in done.err
+
+
+@pytest.mark.parametrize("command", [("vm", "show"), ("image", "show"), ("kernel", "show")])
+def test_json_may_be_asked_for_where_there_is_nothing_else(
+    cli: CommandLine, serve: Serve, command: tuple[str, str]
+) -> None:
+    serve(**{"__".join(command): missing})
+    assert json.loads(cli(*command, "wbe", "--json").out)["error"]["code"] == "not_found"
 
 
 def interrupted(*words: str, begun: threading.Barrier) -> str:

@@ -24,6 +24,11 @@ def quiet_option(command: Any) -> Any:
     return click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
 
 
+def always_json(command: Any) -> Any:
+    """For a command that prints JSON in any case: who asks for it is not told off."""
+    return click.option("--json", is_flag=True, expose_value=False, hidden=True)(command)
+
+
 def verbose_option(command: Any) -> Any:
     return click.option("-v", "--verbose", is_flag=True, help="Show how long each stage took.")(
         command
