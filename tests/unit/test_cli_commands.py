@@ -598,14 +598,31 @@ def test_errors_that_cannot_be_written_leave_the_status(banger: Banger) -> None:
     assert banger.run("vm", "show", "wbe", shell="2>/dev/full")[0] == 1
 
 
+def test_help_is_there_also_when_the_configuration_cannot_be_read(cli: CommandLine) -> None:
+    config = cli.paths.config_files[-1]
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("memory = [")
+    done = cli("vm", "run", "--help")
+    assert (done.status, done.err) == (0, "")
+    assert "--memory" in done.out
+    done = cli("vm", "run", "--", "true")
+    assert done.status == 1 and str(config) in done.err
+
+
 @pytest.mark.parametrize(
-    "words", [("vm", "show", b"h\xff"), ("vm", "exec", "web", "--", "echo", b"h\xff")]
+    "words",
+    [
+        ("vm", "show", b"h\xff"),
+        ("vm", "exec", "web", "--", "echo", b"h\xff"),
+        ("vm", "run", "--", "echo", b"h\xff"),
+    ],
 )
 def test_words_that_are_no_text_are_refused_in_words(
     banger: Banger, words: tuple[str | bytes, ...]
 ) -> None:
     status, _, err = banger.run(*map(os.fsdecode, words))
     assert (status, err) == (2, "banger: bad request: b'h\\xff' is not UTF-8\n")
+    assert "vm.run" not in banger.asked()
 
 
 def test_run_runs_the_command_and_says_that_the_vm_still_runs(banger: Banger) -> None:

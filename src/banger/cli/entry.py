@@ -95,6 +95,8 @@ def _run(argv: list[str]) -> int:
         import banger.cli.completion  # noqa: F401 - a shell that click does not know by itself
     ours, guest = split(argv)
     try:
+        for text in guest or ():
+            text.encode()  # before a VM is made for it
         status = app.main(
             args=ours, prog_name="banger", standalone_mode=False, obj=GuestCommand(guest)
         )
@@ -119,7 +121,7 @@ def _run(argv: list[str]) -> int:
         return 2 if e.reason == "usage" else 1
     except UnicodeEncodeError as e:
         # Words that are no text come as surrogates (PEP 383), and no message can hold them.
-        word = os.fsencode(str(e.object)[:_MOST_WORD])
+        word = os.fsencode(str(e.object)[max(0, e.end - _MOST_WORD) : e.end])
         _show(BangerError("bad_request", f"{word!r} is not UTF-8", reason="usage"), ours)
         return 2
 
