@@ -111,6 +111,12 @@ def test_prune_says_what_goes_what_stays_and_the_limit(
     assert json.loads(cli(*words, "--json").out)["limit_bytes"] == 10 << 30
 
 
+def test_export_where_no_file_can_be_made_is_told_in_words(cli: CommandLine, serve: Serve) -> None:
+    serve(image__export=missing)
+    done = cli("image", "export", "web", "--output", "/dev/null")
+    assert (done.status, done.err) == (1, "banger: writing to /dev/null: Not a directory\n")
+
+
 def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
     def verify(params: p.NameRef) -> ImageRecord:
         if params.name == "bad":
