@@ -222,6 +222,12 @@ async def test_image_and_kernel_in_use_are_not_deleted(banger: Running) -> None:
         assert caught.value.reason == "in_use"
 
 
+async def test_kernel_that_is_not_there_is_not_to_be_pulled_to_be_removed(banger: Running) -> None:
+    with pytest.raises(BangerError, match="there is no kernel 'nope' here") as caught:
+        await banger.call("kernel.delete", p.NameRef(name="nope"))
+    assert caught.value.hint == "banger kernel list"
+
+
 async def test_sizes_of_a_running_vm_change_at_its_next_start(banger: Running) -> None:
     await banger.create()
     done = await banger.call("vm.set", p.SetVm(vm="web", vcpu=2, disk_bytes=128 << 20), r.SetResult)
