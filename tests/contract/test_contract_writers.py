@@ -29,6 +29,7 @@ _ALLOWED = {
         2,
         "named by its hash when it is whole and synced",
     ),
+    "banger/cli/cp_out.py": (1, "a pipe or a device of the user's"),
     "banger/cli/entry.py": (2, "the standard streams that our caller closed"),
     "banger/cli/image_build.py": (1, "a copy, which is synced before it is named"),
     "banger/cli/server.py": (2, "a lock, and the words of a daemon that is being started"),

@@ -34,6 +34,7 @@ from banger.rpc import client
 from banger.rpc.server import Server, current_op
 from banger.session import sessions as session_service
 from banger.vm import idle
+from banger.vm.stop import delete, kill
 from banger.vmm.probe import Verdict
 from fakes.world import EMPTY, World
 
@@ -222,6 +223,12 @@ async def test_image_and_kernel_in_use_are_not_deleted(banger: Running) -> None:
         assert caught.value.reason == "in_use"
 
 
+async def test_kernel_that_is_not_there_is_not_to_be_pulled_to_be_removed(banger: Running) -> None:
+    with pytest.raises(BangerError, match="there is no kernel 'nope' here") as caught:
+        await banger.call("kernel.delete", p.NameRef(name="nope"))
+    assert caught.value.hint == "banger kernel list"
+
+
 async def test_sizes_of_a_running_vm_change_at_its_next_start(banger: Running) -> None:
     await banger.create()
     done = await banger.call("vm.set", p.SetVm(vm="web", vcpu=2, disk_bytes=128 << 20), r.SetResult)
@@ -331,6 +338,37 @@ async def test_run_that_fails_after_its_vm_runs_says_that_it_does(
     with pytest.raises(BangerError, match="no connection"):
         await banger.stream("vm.run", run_params(banger.world, rm=True))
     assert banger.world.census() == EMPTY
+
+
+@pytest.mark.parametrize("rm", [False, True])
+async def test_run_whose_vm_is_deleted_meanwhile_says_what_failed_and_no_more(
+    banger: Running, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await delete(banger.world.ctx, banger.world.store.resolve("web"), kill_it=True)
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError) as failed:
+        await banger.stream("vm.run", run_params(banger.world, rm=rm))
+    assert (str(failed.value), failed.value.outcome) == ("no connection", "failed")
+    assert banger.world.census() == EMPTY
+
+
+async def test_run_whose_machine_ends_meanwhile_does_not_say_that_it_runs(
+    banger: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await kill(banger.world.ctx, banger.world.store.resolve("web"), "KILL")
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError, match="VM web was created and does not run any more"):
+        await banger.stream("vm.run", run_params(banger.world))
 
 
 async def start_owner(banger: Running) -> subprocess.Popen[bytes]:

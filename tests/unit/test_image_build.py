@@ -24,6 +24,7 @@ from banger.image import (
     list_images,
     verify_image,
 )
+from banger.image.entries import find_damaged
 from banger.progress import Silent
 from banger.units import TIB
 from fakes.building import BuildWorld
@@ -239,10 +240,25 @@ async def test_a_deleted_image_is_gone(world: BuildWorld) -> None:
     assert not Path(record.rootfs_path).exists()
 
 
-async def test_an_entry_whose_manifest_cannot_be_read_is_an_error(world: BuildWorld) -> None:
-    record = await world.build()
+async def test_an_image_whose_manifest_cannot_be_read_is_told_and_stands_in_nobodys_way(
+    world: BuildWorld,
+) -> None:
+    """Else no VM of any image could be made, and no image deleted."""
+    record = await world.build("small")
+    other = await world.build("other")
     manifest = Path(record.rootfs_path).parent / "manifest.json"
     manifest.chmod(0o644)
     manifest.write_text("{}")
-    with pytest.raises(BangerError, match=r"manifest\.json"):
-        list_images(world.paths)
+    assert list_images(world.paths) == (other,)
+    assert find_image(world.paths, "small") is None
+    for ask in (
+        lambda: find_image(world.paths, record.id),
+        lambda: get_image(world.paths, record.id),
+    ):
+        with pytest.raises(BangerError, match=r"reading the image manifest .*manifest\.json"):
+            ask()
+    with pytest.raises(BangerError, match="1 here cannot be read, see: banger doctor"):
+        get_image(world.paths, "small")
+    assert [str(manifest) in str(e) for e in find_damaged(world.paths)] == [True]
+    delete_image(world.paths, "other")
+    assert (await world.build("small")).id != record.id

@@ -603,11 +603,13 @@ async def test_start_that_fails_after_an_unseen_end_leaves_no_row_that_says_runn
 ) -> None:
     vm = await world.create()
     async with world.ctx.locked(vm.id):
+        vm = world.store.update(vm.id, paused="no room")
         await end_unseen(world, vm)
         world.driver.boots.append("dies")
         with pytest.raises(BangerError, match="Kernel panic"):
             await start(world.ctx, vm, Silent(), allow_overcommit=False)
-    assert world.store.resolve("web").state == "stopped"
+    vm = world.store.resolve("web")
+    assert (vm.state, vm.paused) == ("stopped", None)
 
 
 async def test_machine_that_ended_while_it_was_paused_is_not_paused_at_its_next_start(

@@ -151,4 +151,6 @@ def _unnamed(directory: Path, name: str) -> Iterator[Path]:
     except OSError as e:
         raise BangerError("operation_failed", f"writing to {directory}: {e.strerror or e}") from e
     finally:
-        path.unlink(missing_ok=True)
+        # What keeps us from this has kept us from more before, and that is told.
+        with contextlib.suppress(OSError):
+            path.unlink()

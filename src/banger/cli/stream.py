@@ -256,7 +256,9 @@ class _Output:
             return
         except OSError as e:
             if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                doing = "writing the output of the command"
+                # Not with its cause: it is not banger that fills this disk, if it is one.
+                raise BangerError("operation_failed", f"{doing}: {e.strerror}") from None
             self.closed = True
             self.waiting.clear()
             return

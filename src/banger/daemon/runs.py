@@ -6,6 +6,7 @@ daemon, and the daemon's end does not end the command.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
 from banger.rpc import frames
 from banger.vm import idle
+from banger.vm.cleanup import is_live
 from banger.vm.create import check_create, create
 from banger.vm.handles import read_secrets
 from banger.vm.stop import delete
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from banger.daemon.daemon import Daemon
     from banger.rpc.server import Call
+
+log = logging.getLogger(__name__)
 
 
 async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
@@ -55,7 +59,7 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
         daemon.guard(vm.id, process_of(owner))
     async with Undo() as undo:
         # Until its client has the connection: who leaves earlier is told that nothing is left.
-        undo.push(f"VM {vm.name}", lambda: delete(daemon.vms, vm, kill_it=True))
+        undo.push(f"VM {vm.name}", lambda: _discard(daemon, vm))
         try:
             workspace, files, size = None, 0, 0
             if shipment is not None:
@@ -79,8 +83,11 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
         except BangerError as e:
             if not params.rm:
                 undo.keep()
-                e.also.append(f"VM {vm.name} was created and still runs")
-                e.outcome = "unknown"
+                now = daemon.store.find(vm.id)
+                if now is not None:
+                    what = "still runs" if is_live(daemon.vms, now) else "does not run any more"
+                    e.also.append(f"VM {vm.name} was created and {what}")
+                    e.outcome = "unknown"
             raise
         undo.keep()
 
@@ -105,8 +112,22 @@ async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> No
     """Wait for the owner's end, then delete its VM unless the owner did that itself."""
     await wait_exit(owner)
     vm = daemon.store.find(vm_id)
-    if vm is not None:
-        await daemon.vms.finish_alone(delete(daemon.vms, vm, kill_it=True), f"delete {vm.name}")
+    if vm is None:
+        return
+    try:
+        await daemon.vms.finish_alone(_discard(daemon, vm), f"delete {vm.name}")
+    except BangerError as e:
+        # It stays, in state error, until somebody deletes it or a daemon starts.
+        log.warning("VM %s, whose command has ended: %s", vm.name, e)
+
+
+async def _discard(daemon: Daemon, vm: VmRecord) -> None:
+    """Delete a VM that nobody wants any more, and perhaps somebody deletes already."""
+    try:
+        await delete(daemon.vms, vm, kill_it=True)
+    except BangerError as e:
+        if e.code != "not_found":
+            raise
 
 
 async def answer_with_agent(

@@ -193,7 +193,10 @@ class StreamingCall:
                 if frame[0] is FrameType.RESULT:
                     return "" if self._method in REPEATABLE else f"too late, it is done; {show}"
                 if frame[0] is FrameType.ERROR:
-                    return ""
+                    failed = msgspec.json.decode(frame[1], type=WireError).exception()
+                    # Else it was given back, which is what was wished.
+                    told = [str(failed), *([f"hint: {failed.hint}"] if failed.hint else [])]
+                    return "\n".join(told) if failed.outcome == "unknown" else ""
         except TimeoutError:
             return f"what it had made is still being given back; {show}"
         except (OSError, BangerError):

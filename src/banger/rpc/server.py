@@ -27,6 +27,7 @@ from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
 from banger.rpc.operations import Operations
+from banger.rpc.outcomes import fill_in
 from banger.rpc.unix import short_path
 from banger.rpc.unsent import Unsent
 
@@ -152,7 +153,7 @@ class Call:
         if self.answered:
             return
         self.answered = True
-        wire = WireError.of(error, self.op_id)
+        wire = WireError.of(_filled_in(self.operation, error), self.op_id)
         if self.streaming:
             await self.channel.write_frame(FrameType.ERROR, msgspec.json.encode(wire))
         else:
@@ -440,8 +441,13 @@ class Server:
             self._settle(entry, _unexpected(entry, e))
 
     def _settle(self, entry: Entry, error: BangerError) -> None:
-        error = find_disk_full(error) or error
+        error = _filled_in(entry, find_disk_full(error) or error)
         self.operations.end(entry, error.outcome, error=WireError.of(error, entry.id))
+
+
+def _filled_in(entry: Entry, error: BangerError) -> BangerError:
+    vm = entry.target.partition("/")[0] if entry.kind.startswith("vm.") else ""
+    return fill_in(error, vm)
 
 
 def _cancelled(entry: Entry) -> BangerError:

@@ -333,13 +333,13 @@ async def _release(ctx: VmContext, vm: VmRecord) -> None:
     )
     if failures:
         text = "; ".join(failures)
-        ctx.store.update(vm.id, state="error", last_error=text, boot_id=None)
+        ctx.store.update(vm.id, state="error", last_error=text, boot_id=None, paused=None)
         raise BangerError("operation_failed", text)
     now = ctx.store.find(vm.id)
     if now is not None and now.state == "running":
         # Also where it was said before: then a machine had ended, and nobody watches any more.
         before = "stopped" if vm.state == "running" else vm.state
-        ctx.store.update(vm.id, state=before, boot_id=None)
+        ctx.store.update(vm.id, state=before, boot_id=None, paused=None)
 
 
 async def _ready(
