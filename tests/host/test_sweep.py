@@ -194,7 +194,6 @@ def test_lease_of_schema_1_can_be_released(leases: Leases, prepared: Prepared) -
     assert census()["links"] == ["lo"]
 
 
-@pytest.mark.timeout(60)
 def test_twenty_vms_created_and_deleted_leave_no_trace(namespace: None, tmp_path: Path) -> None:
     params = {"bridge": build_params(2)["bridge"], "size": 2}
     with running(tmp_path / "leases") as line:
