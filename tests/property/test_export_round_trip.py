@@ -43,7 +43,7 @@ _EXAMPLES = settings(
     print_blob=True,
 )
 _MODES = st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"])
-pytestmark = pytest.mark.timeout(300 * SOAK)
+pytestmark = pytest.mark.timeout(600 * SOAK)
 
 
 @pytest.fixture(scope="module")

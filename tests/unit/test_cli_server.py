@@ -20,6 +20,7 @@ import pytest
 
 from banger import __version__
 from banger.config.paths import Paths
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 # A daemon of an earlier version, which this one has to get along with.
@@ -30,8 +31,6 @@ sys.argv = ["bangerd", "--ready-fd", sys.argv[1]]
 from banger.daemon.main import main
 main()
 """
-
-pytestmark = pytest.mark.timeout(60)
 
 
 class Home:
@@ -59,7 +58,7 @@ class Home:
 
     def run(self, *words: str) -> tuple[int, str, str]:
         p = self.popen(*words)
-        out, err = p.communicate(timeout=30)
+        out, err = p.communicate(timeout=PATIENCE_S)
         return p.returncode, out, err
 
     def daemons(self) -> list[int]:
@@ -82,7 +81,7 @@ class Home:
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         os.close(write)
-        assert select.select([ready], [], [], 20)[0]
+        assert select.select([ready], [], [], PATIENCE_S)[0]
         assert os.read(ready, 1) == b"1"
         os.close(ready)
         return p
@@ -115,7 +114,7 @@ def test_first_command_starts_the_daemon_and_the_next_finds_it(home: Home) -> No
 
 def test_two_first_commands_at_once_start_one_daemon(home: Home) -> None:
     commands = [home.popen("vm", "list", "--json") for _ in range(3)]
-    results = [command.communicate(timeout=30) for command in commands]
+    results = [command.communicate(timeout=PATIENCE_S) for command in commands]
     assert [json.loads(out) for out, _ in results] == [[], [], []]
     assert len(home.daemons()) == 1
 
@@ -134,7 +133,7 @@ def test_socket_of_a_killed_daemon_is_no_obstacle(home: Home) -> None:
     (pid,) = home.daemons()
     fd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    select.select([fd], [], [], 10)
+    select.select([fd], [], [], PATIENCE_S)
     os.close(fd)
     assert home.paths.daemon_socket.exists()
     assert home.run("vm", "list", "--names") == (0, "", "")
@@ -144,7 +143,7 @@ def test_socket_of_a_killed_daemon_is_no_obstacle(home: Home) -> None:
 def test_idle_daemon_of_another_version_is_replaced(home: Home) -> None:
     old = home.start_old_daemon()
     assert home.run("vm", "list", "--names") == (0, "", "")
-    assert old.wait(timeout=10) == 0
+    assert old.wait(timeout=PATIENCE_S) == 0
     (pid,) = home.daemons()
     assert pid != old.pid
 
@@ -159,7 +158,7 @@ def test_busy_daemon_of_another_version_is_left_alone_and_named(home: Home) -> N
             assert old.poll() is None
     finally:
         old.terminate()
-        old.wait(timeout=10)
+        old.wait(timeout=PATIENCE_S)
 
 
 def test_daemon_that_cannot_start_gives_its_reason(home: Home) -> None:

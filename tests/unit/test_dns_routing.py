@@ -18,6 +18,7 @@ from banger.config.settings import Settings
 from banger.dns.server import NameServer
 from banger.dns.zone import Zone
 from banger_root.resolver import reverse_zones
+from patience import PATIENCE_S
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "dns-routing.md").read_text(encoding="utf-8")
 
@@ -60,10 +61,10 @@ async def test_dnsmasq_with_the_lines_of_the_document_finds_vms(tmp_path: Path) 
 
     async def ask(name: str, rtype: str = "A") -> dns.message.Message:
         query = dns.message.make_query(name, rtype)
-        return await dns.asyncquery.udp(query, "127.0.0.1", port=theirs, timeout=15)
+        return await dns.asyncquery.udp(query, "127.0.0.1", port=theirs, timeout=PATIENCE_S)
 
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     await dns.asyncquery.tcp(

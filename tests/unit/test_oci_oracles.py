@@ -27,6 +27,7 @@ from banger.oci.layout import read_docker_archive, read_layout
 from banger.oci.reference import RegistryReference, parse_reference
 from banger.oci.registry import RegistrySource
 from oci_kit import describe, squash_image, umoci_unpack, unsquash
+from patience import PATIENCE_S
 
 TOOLS = ("docker-registry", "skopeo", "umoci", "unsquashfs")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -34,12 +35,11 @@ MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to unpack owners and devices"),
-    pytest.mark.timeout(120),
 ]
 
 
 def tool(*argv: str | Path) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, f"{argv}: {done.stderr}"
 
 
@@ -97,11 +97,11 @@ def running_registry(root: Path, settings: str = "") -> Iterator[str]:
     with (root / "log").open("wb") as log:
         server = subprocess.Popen(["docker-registry", "serve", config], stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             assert server.poll() is None, (root / "log").read_text()
             try:
-                urllib.request.urlopen(f"http://{host}/v2/", timeout=10).close()
+                urllib.request.urlopen(f"http://{host}/v2/", timeout=PATIENCE_S).close()
                 break
             except urllib.error.HTTPError as e:
                 e.close()
@@ -112,7 +112,7 @@ def running_registry(root: Path, settings: str = "") -> Iterator[str]:
         yield host
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from banger.rpc.frames import FrameType
 from banger.session import sessions
 from fakes.agent import TOKEN, Agent, running_agent
 from fakes.talk import Talk, end_sessions
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -58,7 +59,7 @@ async def start(guest: GuestClient, *argv: str, name: str = "one", **more: Any) 
 
 async def ended(guest: GuestClient, name: str = "one") -> Session:
     """The session once it has ended."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := await sessions.show(guest, "web", name)).live:
             await asyncio.sleep(0.01)
     return now
@@ -207,7 +208,7 @@ async def test_attach_shows_the_past_takes_input_and_returns_the_status(
     second = Talk(agent, "session.attach", name="one")
     assert second.reply["error"]["reason"] == "in_use"
     first.sock.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await sessions.show(guest, "web", "one")).attached:
             await asyncio.sleep(0.01)
     third = Talk(agent, "session.attach", name="one")
@@ -296,7 +297,7 @@ async def test_session_whose_supervisor_was_killed_is_lost(
     session = await start(guest, "sleep", "60")
     supervisor = int(Path(f"/proc/{session.pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(supervisor, signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await sessions.show(guest, "web", "one")).state != "lost":
             await asyncio.sleep(0.01)
     await sessions.remove(guest, "one")

@@ -23,6 +23,7 @@ from banger.ssh.client_config import (
     remove_block,
 )
 from fakes.command_line import CommandLine
+from patience import PATIENCE_S
 
 
 def meaning(config: Path, host: str) -> dict[str, str]:
@@ -267,7 +268,7 @@ def test_the_proxy_of_the_stanza_is_a_command_of_ours(cli: CommandLine, home: Pa
     assert command.endswith("banger.cli.entry internal agent-proxy %n 22")
     words = subprocess.run(
         ["sh", "-c", command.replace(" %n 22", " --help").replace("%%", "%")],
-        check=True, capture_output=True, text=True, timeout=30,
+        check=True, capture_output=True, text=True, timeout=PATIENCE_S,
     ).stdout  # fmt: skip
     assert "agent-proxy" in words
 
