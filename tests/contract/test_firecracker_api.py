@@ -252,7 +252,9 @@ async def test_a_start_without_kvm_fails_in_firecrackers_own_words(
     without_kvm: Running, tmp_path: Path
 ) -> None:
     with pytest.raises(BangerError) as failed:
-        await without_kvm.driver.start(without_kvm.machine, without_kvm.exited, timeout_s=15)
+        await without_kvm.driver.start(
+            without_kvm.machine, without_kvm.exited, timeout_s=PATIENCE_S
+        )
     assert failed.value.reason == "vmm_refused"
     assert "PUT /actions: Firecracker answered 400" in failed.value.message
     assert "KVM" in failed.value.message
@@ -264,7 +266,7 @@ async def test_a_kernel_that_is_missing_is_named_in_firecrackers_own_words(
 ) -> None:
     running.machine.kernel.unlink()
     with pytest.raises(BangerError) as failed:
-        await running.driver.start(running.machine, running.exited, timeout_s=15)
+        await running.driver.start(running.machine, running.exited, timeout_s=PATIENCE_S)
     assert "/boot-source" in failed.value.message
     assert "No such file" in failed.value.message
 
@@ -273,7 +275,7 @@ async def test_a_kernel_that_is_missing_is_named_in_firecrackers_own_words(
 async def test_a_killed_firecracker_is_told_as_an_exit(running: Running) -> None:
     running.process.kill()
     with pytest.raises(BangerError) as failed:
-        await running.driver.start(running.machine, running.exited, timeout_s=15)
+        await running.driver.start(running.machine, running.exited, timeout_s=PATIENCE_S)
     assert failed.value.reason == "vmm_exited"
 
 
@@ -285,7 +287,11 @@ def test_a_second_launch_fails_where_sockets_were_left(
     driver = FirecrackerDriver(program=firecracker.path, version=firecracker.version)
     launch = driver.build_launch(make_machine(runtime=tmp_path))
     done = subprocess.run(
-        launch.argv, cwd=launch.cwd, stdin=subprocess.DEVNULL, capture_output=True, timeout=15
+        launch.argv,
+        cwd=launch.cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode != 0
 

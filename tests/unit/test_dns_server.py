@@ -27,7 +27,7 @@ Served = tuple[NameServer, str, int]
 async def served() -> AsyncIterator[Served]:
     zone = Zone(IPv4Network("172.16.0.0/24"))
     zone.publish("web", "172.16.0.2")
-    server = NameServer(zone, idle_s=15, most_connections=4)
+    server = NameServer(zone, idle_s=PATIENCE_S, most_connections=4)
     host, port = await server.start("127.0.0.1:0")
     yield server, host, port
     await server.close()

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -26,6 +25,7 @@ from banger.oci.documents import guest_config
 from banger.oci.layout import read_docker_archive, read_layout
 from banger.oci.reference import RegistryReference, parse_reference
 from banger.oci.registry import RegistrySource
+from fakes.loopback import free_port, own_address
 from oci_kit import describe, squash_image, umoci_unpack, unsquash
 from patience import PATIENCE_S
 
@@ -86,9 +86,8 @@ def judged(
 @contextlib.contextmanager
 def running_registry(root: Path, settings: str = "") -> Iterator[str]:
     """The address of a docker-registry on a free loopback port, until the block is left."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{s.getsockname()[1]}"
+    host = f"{own_address()}:{free_port(own_address())}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     config = root / "config.yml"
     config.write_text(
         f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}}}}}\n"
@@ -101,7 +100,7 @@ def running_registry(root: Path, settings: str = "") -> Iterator[str]:
         while True:
             assert server.poll() is None, (root / "log").read_text()
             try:
-                urllib.request.urlopen(f"http://{host}/v2/", timeout=PATIENCE_S).close()
+                direct.open(f"http://{host}/v2/", timeout=PATIENCE_S).close()
                 break
             except urllib.error.HTTPError as e:
                 e.close()

@@ -55,7 +55,7 @@ class Puller:
         self.told: list[str] = []
         self.job.warn = self.told.append  # type: ignore[method-assign]
         self.job.advance = lambda done, total=None, detail="": self.told.append(detail)  # type: ignore[method-assign]
-        self.silence_s = 10.0
+        self.silence_s = PATIENCE_S
 
     def login(self, host: str, user: str, password: str) -> None:
         self.config.write_text(

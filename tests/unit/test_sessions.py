@@ -128,7 +128,7 @@ async def test_stop_ends_in_order_and_kill_at_once(guest: GuestClient, agent: Ag
     script = "trap 'echo bye; exit 7' TERM; echo ready; while :; do sleep 0.02; done"
     await start(guest, "sh", "-c", script)
     Talk(agent, "session.logs", name="one", follow=True).read(b"ready")
-    now = await sessions.stop(guest, "web", "one", timeout_s=10)
+    now = await sessions.stop(guest, "web", "one", timeout_s=PATIENCE_S)
     assert (now.state, now.code) == ("exited", 7)
     assert logs(agent)[0] == b"ready\nbye\n"
     await start(guest, "sh", "-c", "trap '' TERM; echo ready; sleep 60 & wait", name="two")

@@ -32,7 +32,11 @@ def meaning(config: Path, host: str) -> dict[str, str]:
     if program is None:
         pytest.skip("ssh is not installed here")
     done = subprocess.run(
-        [program, "-G", "-F", config, host], check=True, capture_output=True, text=True, timeout=30
+        [program, "-G", "-F", config, host],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
 

@@ -186,10 +186,10 @@ def saying(words: bytes, *, first: bool = False) -> Answer:
 
 
 def to(port: int) -> Callable[[], Awaitable[socket.socket]]:
-    return lambda: connect(TcpEndpoint(address="127.0.0.1", port=port), timeout_s=10)
+    return lambda: connect(TcpEndpoint(address="127.0.0.1", port=port), timeout_s=PATIENCE_S)
 
 
-async def scheme(port: int, timeout_s: float = 15) -> str | None:
+async def scheme(port: int, timeout_s: float = PATIENCE_S) -> str | None:
     return await find_scheme(to(port), f"web.vm:{port}", timeout_s=timeout_s)
 
 
