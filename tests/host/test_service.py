@@ -131,7 +131,7 @@ def test_helper_from_a_file_that_others_can_write_does_not_serve(served: Served)
 def test_helper_that_is_not_root_does_not_serve(served: Served) -> None:
     # Its ledger is not even looked at.
     done = subprocess.run(
-        served.argv, capture_output=True, text=True, user=OWNER, group=OWNER, timeout=60
+        served.argv, capture_output=True, text=True, user=OWNER, group=OWNER, timeout=PATIENCE_S
     )
     assert done.returncode == 1
     assert "as root only" in done.stderr
