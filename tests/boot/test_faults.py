@@ -138,14 +138,23 @@ def start_while_somebody_is_killed(banger: Installation, marks: Path, victim: st
 
 def daemon_pid(banger: Installation) -> int:
     """Without asking it: it stands still."""
-    lock = os.stat(banger.runtime / "daemon.lock")
-    # proc_locks(5). Another filesystem's file may have the same number.
-    device = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}"
+    lock = banger.runtime / "daemon.lock"
+    number = lock.stat().st_ino
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
-        if "FLOCK" in words and words[5] == f"{device}:{lock.st_ino}":
+        # Another filesystem's file may have the same number.
+        if "FLOCK" in words and int(words[5].split(":")[2]) == number and _has(words[4], lock):
             return int(words[4])
     raise AssertionError("no daemon runs")
+
+
+def _has(pid: str, path: Path) -> bool:
+    """Whether a process has this file open."""
+    for fd in Path("/proc", pid, "fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if fd.readlink() == path:
+                return True
+    return False
 
 
 def kill_one(
