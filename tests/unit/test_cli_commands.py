@@ -28,6 +28,7 @@ from banger.rpc.server import Call
 from fakes.agent import ROOT, TOKEN, WAITING, Agent, running_agent
 from fakes.command_line import CommandLine
 from fakes.daemon import FakeDaemon, running_daemon
+from patience import PATIENCE_S
 
 VM = VmRecord(
     id="0" * 32,
@@ -227,7 +228,7 @@ def test_logs_are_bytes_as_they_come(serve: Serve) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "banger.cli.entry", "vm", "logs", "web"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True, timeout=15,
+        capture_output=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"one\n\xff two\n", b"")
 
@@ -518,7 +519,7 @@ class Banger:
         if stdin is not None:
             options["stdin"] = -1
         process = self.popen(*words, **options)
-        out, err = process.communicate(stdin, timeout=15)
+        out, err = process.communicate(stdin, timeout=PATIENCE_S)
         return process.returncode, out.decode(), err.decode()
 
     def asked(self) -> list[str]:
@@ -653,7 +654,7 @@ def test_run_with_rm_deletes_the_vm_after_an_interrupt(banger: Banger) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert banger.asked() == ["vm.run", "vm.delete"]
 
@@ -663,7 +664,7 @@ def test_machine_that_ends_under_its_command_is_named(banger: Banger) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     banger.machine.kill()
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "the machine ended while the command ran" in err.decode()
     assert "hint: banger vm logs web" in err.decode()
@@ -674,7 +675,7 @@ def test_agent_that_ends_alone_leaves_the_command_unknown(banger: Banger, agent:
     assert process.stdout is not None
     process.stdout.readline()
     agent.close()
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "what became of the command is unknown" in err.decode()
 
@@ -693,6 +694,6 @@ def test_ssh_without_an_sshd_goes_through_the_agent(serve: Serve, agent: Agent) 
     done = subprocess.run(
         [sys.executable, "-m", "banger.cli.entry", "vm", "ssh", "web", "--", "echo a  b | tr a c"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdin=subprocess.DEVNULL,
-        capture_output=True, timeout=15,
+        capture_output=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, b"c b\n")

@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,7 @@ from banger.vm import idle
 from banger.vm.stop import delete, kill
 from banger.vmm.probe import Verdict
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -44,6 +46,7 @@ T = TypeVar("T")
 
 _CLIENT = """
 import sys
+import time
 from pathlib import Path
 from banger.api import params as p, results as r
 from banger.rpc import client
@@ -138,7 +141,7 @@ def swapped(open_it: Any, first: Any, *, when: bool) -> Any:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -544,10 +547,12 @@ async def test_idle_daemon_does_nothing(banger: Running) -> None:
     """No timer: with nothing to serve and no VM that runs, the loop is not woken."""
     await banger.create()
     await banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted)
-    for _ in range(100):  # what ends has its turns; a sleep of some time would be a timer itself
-        await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
-    assert [h for h in loop._scheduled if not h.cancelled()] == []  # type: ignore[attr-defined]  # of asyncio's base loop
+    deadline = time.monotonic() + PATIENCE_S
+    # What ends has its turns; a sleep of some time would be a timer itself.
+    while timers := [h for h in loop._scheduled if not h.cancelled()]:  # type: ignore[attr-defined]  # of asyncio's base loop
+        assert time.monotonic() < deadline, timers
+        await asyncio.sleep(0)
 
 
 async def test_many_calls_at_once_are_all_answered(banger: Running) -> None:

@@ -28,6 +28,7 @@ from banger.image.entries import find_damaged
 from banger.progress import Silent
 from banger.units import TIB
 from fakes.building import BuildWorld
+from patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -123,7 +124,7 @@ async def test_a_name_in_use_is_refused(world: BuildWorld) -> None:
 async def test_two_builds_of_one_name_do_the_work_once_and_both_succeed(world: BuildWorld) -> None:
     world.switch("hold", on=True)
     tasks = [asyncio.create_task(world.build()) for _ in range(3)]
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     world.switch("hold", on=False)
     records = await asyncio.gather(*tasks)
     assert world.calls == 1
@@ -140,7 +141,7 @@ async def test_a_failed_build_tells_mmdebstraps_words_and_leaves_nothing(world: 
 async def test_a_cancelled_build_leaves_nothing(world: BuildWorld) -> None:
     world.switch("hold", on=True)
     task = asyncio.create_task(world.build())
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -178,7 +179,7 @@ async def test_an_image_that_got_a_vm_meanwhile_is_not_replaced(world: BuildWorl
     world.switch("hold", on=True)
     world.recipe.write_text(world.recipe.read_text() + "# another one\n")
     building = asyncio.create_task(world.build_by_force())
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     world.vms = [SimpleNamespace(name="web", image_id=first.id)]
     world.switch("hold", on=False)
     with pytest.raises(BangerError, match="used by web"):

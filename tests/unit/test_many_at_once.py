@@ -32,15 +32,15 @@ from banger.vm import reconcile as reconcile_module
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.watchdog import watchdog
 from fakes.world import EMPTY, KERNEL
+from patience import PATIENCE_S
 
 _MANY = 50
-_PATIENCE_S = 25.0
 
 
 @pytest.fixture
 def banger(templates: Path) -> Iterator[Installation]:
     with installation(templates) as made:
-        with watchdog(_PATIENCE_S, made.loops, made.now.kill):
+        with watchdog(PATIENCE_S, made.loops, made.now.kill):
             yield made
 
 
@@ -229,7 +229,7 @@ def slow_start(banger: Installation) -> Iterator[threading.Event]:
     start = banger.world.driver.start
 
     async def wait_and_start(*args: Any, **options: Any) -> None:
-        await asyncio.to_thread(ready.wait, _PATIENCE_S)
+        await asyncio.to_thread(ready.wait, PATIENCE_S)
         await start(*args, **options)
 
     banger.patch.setattr(banger.world.driver, "start", wait_and_start)
@@ -303,7 +303,7 @@ def everything_else_works(banger: Installation) -> None:
 def test_create_that_hangs_holds_nobody_up(banger: Installation, point: str) -> None:
     reached = banger.world.faults.hang_elsewhere(point)
     with banger.ask("vm.create", banger.world.params("stuck")):
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         everything_else_works(banger)
         assert states(banger) == {"stuck": "created"}
     wait_until(lambda: banger.world.census() == EMPTY)
@@ -321,11 +321,11 @@ def test_machine_that_a_stop_has_ended_is_not_said_to_have_ended_by_itself(
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
     assert (shown.state, shown.last_error) == ("stopped", None)
     banger.crash()
-    asking.join(10)
+    asking.join(PATIENCE_S)
 
 
 def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clients) -> None:
@@ -333,7 +333,7 @@ def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clie
     vm = create(banger, "web")
     reached = banger.world.faults.hang_elsewhere("host.release")
     banger.world.driver.power_off(vm.id)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     assert states(banger) == {"web": "stopped"}, "it has ended, whatever is left of it"
     shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
     assert (shown.state, shown.last_error) == ("stopped", "the machine ended by itself (status 0)")
@@ -417,14 +417,14 @@ def test_guests_that_take_no_files_hold_nobody_up(banger: Installation, clients:
 
     def stuck(*_: Any) -> Any:
         waiting.release()
-        go.wait(_PATIENCE_S)
+        go.wait(PATIENCE_S)
         raise BangerError("operation_failed", "the guest has gone")
 
     banger.patch.setattr(workspaces, "export_patch", stuck)
     exports = [clients.start(_export, banger, name) for name in names]
     try:
         for _ in names:
-            assert waiting.acquire(timeout=10), "an export waits for another VM's"
+            assert waiting.acquire(timeout=PATIENCE_S), "an export waits for another VM's"
         everything_else_works(banger)
     finally:
         go.set()
@@ -442,13 +442,13 @@ def test_stop_does_not_wait_for_an_export(banger: Installation, clients: Clients
 
     def slow(*_: Any) -> Any:
         reached.set()
-        go.wait(_PATIENCE_S)
+        go.wait(PATIENCE_S)
         raise BangerError("operation_failed", "the guest has gone")
 
     banger.patch.setattr(workspaces, "export_patch", slow)
     exporting = clients.start(_export, banger, "web")
     try:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         second = clients.start(_export, banger, "web")  # waits for the first, on its own
         assert banger.call("vm.stop", p.StopVm(vm="web"), r.Outcome).vm.state == "stopped"
     finally:

@@ -30,6 +30,7 @@ from banger.rpc import operations as table
 from banger.rpc.operations import Operations
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.world import EMPTY
+from patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_daemon_that_is_killed_leaves_its_client_and_its_successor_honest(
 ) -> None:
     reached = banger.world.faults.hang_elsewhere("host.prepare.reply")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.crash()
         with pytest.raises(BangerError) as caught:
             call.result(VmRecord)
@@ -242,7 +243,7 @@ def test_question_without_an_answer_is_safe_to_repeat(tmp_path: Path) -> None:
 def test_daemon_that_ends_in_order_says_that_it_gave_everything_back(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.restart()
         with pytest.raises(BangerError) as caught:
             call.result(VmRecord)
@@ -274,7 +275,7 @@ def test_detached_create_goes_on_alone_and_is_watched_to_its_end(banger: Install
 def test_progress_of_an_operation_is_shown_while_it_runs(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     made = banger.stream("vm.create", banger.world.params("web", detach=True), o.Detached)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     row = the_operation(banger, "vm.create")
     assert (row.state, row.stage, row.cancellable) == ("running", "launch", True)
     stages: list[str] = []
@@ -294,7 +295,7 @@ def test_progress_of_an_operation_is_shown_while_it_runs(banger: Installation) -
 def test_cancel_is_heard_by_the_client_that_waits(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         ref = o.OperationRef(id=call.reply.op_id or "")
         cancelled = banger.call("daemon.operations.cancel", ref, o.Operation)
         assert cancelled.state == "failed"
@@ -307,7 +308,7 @@ def test_cancel_is_heard_by_the_client_that_waits(banger: Installation) -> None:
 def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     made = banger.stream("vm.create", banger.world.params("web", detach=True), o.Detached)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     banger.world.faults.fail("host.release")
     ended = banger.call("daemon.operations.cancel", o.OperationRef(id=made.op_id), o.Operation)
     assert (ended.state, ended.error and ended.error.reason) == ("unknown", "cancelled")
@@ -339,7 +340,7 @@ def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
     """Its client has no connection yet, and hears that everything was given back."""
     reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"), rm=rm)) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         assert banger.call("vm.list", {}, list[VmRecord])[0].state == "running"
         assert call.cancel() == ""
     row = the_operation(banger, "vm.run")
@@ -352,7 +353,7 @@ def test_run_whose_vm_cannot_be_given_back_says_so(
 ) -> None:
     reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"))) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.world.faults.fail("host.release")
         ref = o.OperationRef(id=call.reply.op_id or "")
         ended = banger.call("daemon.operations.cancel", ref, o.Operation)
@@ -368,7 +369,7 @@ def test_restart_that_is_cancelled_after_the_stop_says_that_the_vm_does_not_run(
     create(banger)
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.restart", p.StartVm(vm="web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         ref = o.OperationRef(id=call.reply.op_id or "")
         ended = banger.call("daemon.operations.cancel", ref, o.Operation)
         with pytest.raises(BangerError, match="VM web was stopped") as caught:
@@ -390,7 +391,7 @@ def test_restart_whose_start_fails_says_that_the_vm_does_not_run(banger: Install
 def test_daemon_that_ends_in_order_says_what_it_could_not_give_back(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.world.faults.fail("host.release")
         banger.restart()
         with pytest.raises(BangerError, match="could not all be given back") as caught:
@@ -566,11 +567,11 @@ def interrupted(banger: Installation, point: str | None) -> KeyboardInterrupt:
     with pytest.raises(KeyboardInterrupt) as caught:
         with banger.ask("vm.create", banger.world.params("web")):
             if reached is not None:
-                assert reached.wait(10)
+                assert reached.wait(PATIENCE_S)
             else:
                 wait_until(lambda: banger.operations() and banger.operations()[0].done)
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(10)
+            threading.Event().wait(PATIENCE_S)
     return caught.value
 
 

@@ -29,6 +29,7 @@ from banger.rpc.blocking import BlockingChannel
 from banger.rpc.channel import Channel
 from banger.rpc.frames import FrameDecoder, FrameType
 from banger.rpc.server import Call, Method, Server
+from patience import PATIENCE_S
 
 FRAMES = st.lists(st.tuples(st.sampled_from(list(FrameType)), st.binary(max_size=300)), max_size=8)
 
@@ -283,7 +284,6 @@ async def test_a_result_that_fits_no_frame_is_an_error_that_is_told(
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(5)
 async def test_a_client_that_leaves_cancels_its_handler(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +297,6 @@ async def test_a_client_that_leaves_cancels_its_handler(
 
 
 @pytest.mark.asyncio
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("ended_by", ["operations", "server"])
 async def test_a_client_that_does_not_read_keeps_no_thread_from_its_end(
     server: Server, monkeypatch: pytest.MonkeyPatch, ended_by: str
@@ -308,7 +307,7 @@ async def test_a_client_that_does_not_read_keeps_no_thread_from_its_end(
     channel.write_document({"version": 1, "method": "pour", "params": {}})
     while not (await asyncio.to_thread(unread_bytes, channel)) > 64 << 10:
         await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         if ended_by == "server":
             await server.close()
         else:
@@ -318,7 +317,7 @@ async def test_a_client_that_does_not_read_keeps_no_thread_from_its_end(
                 pass
         await server.cancelled.wait()  # type: ignore[attr-defined]  # set by the handler
     # What it reads now are whole frames or the end, nothing in the middle of one.
-    channel.sock.settimeout(5)
+    channel.sock.settimeout(PATIENCE_S)
     assert await asyncio.to_thread(channel.read_line) is not None
     while (frame := await asyncio.to_thread(channel.read_frame)) is not None:
         assert frame[0] is not FrameType.RESULT

@@ -25,6 +25,7 @@ from banger.vm.reconcile import reconcile
 from banger.vm.stop import delete, kill, stop
 from fakes.guest import announce
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,7 +46,7 @@ async def test_end_of_an_adopted_vm_is_noticed(world: World) -> None:
     world.driver.power_off(vm.id)
     import asyncio
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while world.store.resolve("web").state == "running":
             await asyncio.sleep(0.002)
     assert world.census()["leases"] == []

@@ -30,6 +30,7 @@ from fakes.driver import PANIC, Boot
 from fakes.faults import broken
 from fakes.guest import BOOT_ID, announce
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -424,7 +425,7 @@ async def test_create_that_is_cancelled_while_its_disks_are_made_leaves_nothing(
 
     def slow(*args: Any) -> Any:
         arrived.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return real(*args)
 
     monkeypatch.setattr(start_module, function, slow)

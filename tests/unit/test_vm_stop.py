@@ -18,13 +18,14 @@ from banger.vm import create as create_module
 from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.stop import check_signal, delete, kill, stop
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
 
 async def until_stopped(world: World, vm: VmRecord) -> VmRecord:
     """Wait until somebody has noticed that the machine ended."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := world.store.resolve(vm.id)).state == "running":
             await asyncio.sleep(0.002)
     return now

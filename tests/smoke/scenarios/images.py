@@ -20,7 +20,7 @@ test ! -e /root/.gitconfig
 """
 
 
-@scenario("pure", "a container image out of an archive: pulled, run, and made another one by a script")
+@scenario("pure", "a container image out of an archive: pulled, run, made another by a script")
 def image_build() -> None:
     names = banger.vm_names()
     home = Path(guests.owner_home())
