@@ -114,7 +114,7 @@ def test_removing_large_disks_holds_nobody_up(banger: Installation, clients: Cli
     def slow(path: Path) -> None:
         if path.name.startswith(create_module.ASIDE):
             reached.set()
-            assert go.wait(_PATIENCE_S)
+            assert go.wait(PATIENCE_S)
         remove_tree(path)
 
     banger.patch.setattr(create_module, "remove_tree", slow)
@@ -130,7 +130,7 @@ def test_removing_large_disks_holds_nobody_up(banger: Installation, clients: Cli
         assert not deleting.done()
     finally:
         go.set()
-    assert deleting.result(_PATIENCE_S).name == "web"
+    assert deleting.result(PATIENCE_S).name == "web"
     assert [path.name for path in banger.world.paths.vms.iterdir() if path.name[0] == "."] == []
     assert states(banger) == {"db": "running", "web": "running"}
 
@@ -482,7 +482,7 @@ def test_export_whose_client_was_stopped_gives_its_turn_to_those_who_wait(
         assert poured.wait(10)
         wait_until(lambda: bool(banger.operations()))
         second = clients.start(_export, banger, "web")
-        error = second.exception(_PATIENCE_S)
+        error = second.exception(PATIENCE_S)
         assert isinstance(error, BangerError) and error.code == "not_found"
         assert began == ["/root/first", "/root/x"]
         wait_until(lambda: not banger.now.daemon.workspace_locks)

@@ -27,6 +27,7 @@ from banger.catalog.index import (
 )
 from banger.cli.draw import print_json, progress
 from banger.cli.server import Server
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.files import sync_directory, sync_file
 from banger.units import format_size
@@ -99,7 +100,7 @@ def export(
                 digest.update(chunk)
                 size += len(chunk)
                 f.write(chunk)
-            done = msgspec.json.decode(call.result_payload, type=Exported)
+            done = decode_json(call.result_payload, type=Exported)
         file = output / bundle_name(done.name, done.arch, digest.hexdigest())
         entry = IndexEntry(
             **msgspec.structs.asdict(done),

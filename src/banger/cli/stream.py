@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.rpc.frames import FrameDecoder, FrameType, encode
 
@@ -140,7 +141,7 @@ def run(sock: socket.socket, process: Peer, *, machine: int | None = None) -> in
 def decoded(document: bytes, kind: type[T]) -> T:
     """What the agent said, checked: it is the guest's word."""
     try:
-        return msgspec.json.decode(document, type=kind)
+        return decode_json(document, type=kind)
     except MALFORMED as e:
         raise BangerError("operation_failed", f"the guest agent's answer is malformed: {e}") from e
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from banger.api import workspaces as w
 from banger.api.params import ShipWorkspace
@@ -20,6 +19,7 @@ from banger.cli.draw import print_json, progress, quiet_option, verbose_option
 from banger.cli.errors import warn
 from banger.cli.opened import open_opened
 from banger.cli.server import Server
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.files import new_file
 from banger.units import format_size
@@ -194,7 +194,7 @@ def receive(
     ):
         for chunk in call.frames():
             write(chunk)
-        return msgspec.json.decode(call.result_payload, type=w.ExportedWorkspace)
+        return decode_json(call.result_payload, type=w.ExportedWorkspace)
 
 
 def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:

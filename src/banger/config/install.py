@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from banger.decoding import decode_toml
 from banger.errors import MALFORMED, BangerError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def read_install_record(system: SystemPaths) -> InstallRecord | None:
     """
     doing = f"reading the install record {system.record}"
     try:
-        return msgspec.toml.decode(system.record.read_bytes(), type=InstallRecord)
+        return decode_toml(system.record.read_bytes(), type=InstallRecord)
     except FileNotFoundError:
         return None
     except (OSError, *MALFORMED) as e:

@@ -10,12 +10,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import OwnerProcess, VmRecord
 from banger.daemon import bootstrap, ships, stored
+from banger.decoding import convert
 from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
 from banger.rpc import frames
@@ -101,11 +100,11 @@ def _owner(pid: int) -> OwnerProcess:
     process = find_process(pid)
     if process is None:
         raise BangerError("operation_failed", "the command that asked for the VM is gone")
-    return msgspec.convert(process, OwnerProcess, from_attributes=True)
+    return convert(process, OwnerProcess, from_attributes=True)
 
 
 def process_of(owner: OwnerProcess) -> ProcessRef:
-    return msgspec.convert(owner, ProcessRef, from_attributes=True)
+    return convert(owner, ProcessRef, from_attributes=True)
 
 
 async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> None:

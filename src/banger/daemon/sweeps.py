@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.files import bound_file, write_atomic
 from banger.host import clock
@@ -39,7 +40,7 @@ HELPER_LOG_BYTES = 4 * MIB
 def find_reading(path: Path | None) -> clock.Reading | None:
     """The clocks that an earlier daemon of this boot has noted, or None."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=clock.Reading) if path else None
+        return decode_json(path.read_bytes(), type=clock.Reading) if path else None
     except (OSError, *MALFORMED):
         return None
 

@@ -20,6 +20,7 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.guest.config import ANNOUNCE_PORT
 from banger.rpc.channel import Channel, accept
@@ -156,8 +157,8 @@ class Announcements:
                 del greeted[peer]
 
     def _check(self, line: bytes) -> tuple[asyncio.Future[Announcement], Announcement]:
-        request = msgspec.json.decode(line, type=Request)
-        announcement = msgspec.json.decode(request.params, type=Announcement)
+        request = decode_json(line, type=Request)
+        announcement = decode_json(request.params, type=Announcement)
         expected = self._expected.get(announcement.vm_id)
         if expected is None:
             raise BangerError("unauthorized", "the VM is not expected")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.host.helper import Calls, Helper, HelperService
 from banger.host.lease import Bridge, HostStatus, LaunchPlan, Lease, LeaseId, LeasePlan, Swept
@@ -186,7 +187,7 @@ class Host:
             )
         answer = await self._helper.call(method, params, op_id=op_id)
         try:
-            return msgspec.json.decode(answer, type=kind)
+            return decode_json(answer, type=kind)
         except MALFORMED as e:
             raise BangerError(
                 "operation_failed",

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from banger import process
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 
 # Not the interpreter of our virtual environment: that one the owner can write.
@@ -84,7 +85,7 @@ async def find_privilege(helper: Path | None = None) -> Privilege:
             hint="sudo -v" if kind == "sudo" else None,
         )
     try:
-        probe = msgspec.json.decode(done.stdout, type=_Probe)
+        probe = decode_json(done.stdout, type=_Probe)
     except MALFORMED as e:
         return Privilege(kind="none", missing=f"the root helper's answer is unreadable: {e}")
     if probe.problems:

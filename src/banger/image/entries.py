@@ -16,6 +16,7 @@ import msgspec
 
 from banger import files
 from banger.api.records import ImageConfig, ImageRecord
+from banger.decoding import decode_json
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import MALFORMED, BangerError
@@ -227,7 +228,7 @@ def find_manifest(directory: Path) -> ImageManifest | None:
     """
     path = directory / MANIFEST
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ImageManifest)
+        return decode_json(path.read_bytes(), type=ImageManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, *MALFORMED) as e:

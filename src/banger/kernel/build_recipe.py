@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger.config.resources import recipes_directory
+from banger.decoding import decode_toml
 from banger.errors import MALFORMED, BangerError
 from banger.kernel.fragment import parse_fragment
 from banger.names import check_entry_name
@@ -65,7 +66,7 @@ def find_build_recipe(name: str) -> KernelRecipe | None:
     """The recipe of this name, or None."""
     path = _directory() / f"{check_entry_name(name, 'kernel')}.toml"
     try:
-        recipe = msgspec.toml.decode(path.read_bytes(), type=KernelRecipe)
+        recipe = decode_toml(path.read_bytes(), type=KernelRecipe)
     except FileNotFoundError:
         return None
     except (OSError, *MALFORMED) as e:

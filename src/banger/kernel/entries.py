@@ -14,6 +14,7 @@ import msgspec
 
 from banger import files
 from banger.api.records import KernelRecord
+from banger.decoding import decode_json
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
 from banger.errors import MALFORMED, BangerError
@@ -165,7 +166,7 @@ def find_manifest(directory: Path) -> KernelManifest | None:
     """
     path = directory / MANIFEST
     try:
-        return msgspec.json.decode(path.read_bytes(), type=KernelManifest)
+        return decode_json(path.read_bytes(), type=KernelManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, *MALFORMED) as e:

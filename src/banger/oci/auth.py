@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.oci.http import BrokenTransfer, address_from, place
 from banger.oci.reference import is_loopback
@@ -140,7 +141,7 @@ class Login:
                     f"asking {place(url)} for a token: status {answer.status}",
                 )
             try:
-                reply = msgspec.json.decode(answer.text(_MOST_TOKEN_BYTES), type=_TokenReply)
+                reply = decode_json(answer.text(_MOST_TOKEN_BYTES), type=_TokenReply)
             except (BrokenTransfer, *MALFORMED) as e:
                 raise BangerError(
                     "operation_failed", f"asking {place(url)} for a token: no sensible answer"

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.files import sha256_file
 from banger.oci.documents import (
@@ -103,9 +104,7 @@ def read_docker_archive(path: Path, tag: str | None) -> OciImage:
     with reading(f"the archive {path}"):
         files = _open_files(path)
         try:
-            entries = msgspec.json.decode(
-                _document(files, "manifest.json"), type=tuple[_SaveEntry, ...]
-            )
+            entries = decode_json(_document(files, "manifest.json"), type=tuple[_SaveEntry, ...])
         except MALFORMED as e:
             raise BadImage(f"manifest.json: {e}") from e
         names = [name for entry in entries for name in entry.repo_tags or ()]

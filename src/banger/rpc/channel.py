@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.api.envelope import Reply
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 
@@ -211,7 +212,7 @@ def decode_reply(line: bytes | None, doing: str) -> Reply:
     if line is None:
         raise connection_lost(doing)
     try:
-        reply = msgspec.json.decode(line, type=Reply)
+        reply = decode_json(line, type=Reply)
     except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: the peer's reply is malformed: {e}") from e
     if reply.error is not None:

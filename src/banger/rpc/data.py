@@ -8,9 +8,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-import msgspec
-
 from banger.api.envelope import WireError
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 from banger.rpc.channel import connection_lost
@@ -108,6 +107,6 @@ class DataReader(io.RawIOBase):
 def decode(payload: bytes, kind: type[T], doing: str) -> T:
     """A document of the peer, checked. Raises BangerError."""
     try:
-        return msgspec.json.decode(payload, type=kind)
+        return decode_json(payload, type=kind)
     except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e

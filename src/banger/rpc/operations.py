@@ -22,6 +22,7 @@ import msgspec
 from banger.api.base import Wire
 from banger.api.envelope import WireError
 from banger.api.operations import REPEATABLE, Operation, OperationState
+from banger.decoding import decode_json
 from banger.errors import MALFORMED
 from banger.files import write_atomic
 from banger.rpc.outcomes import daemon_ended, target_of
@@ -233,7 +234,7 @@ class Operations:
         for text in lines:
             # A crash in the middle of a write may have torn a line; the others are worth having.
             with contextlib.suppress(*MALFORMED):
-                self._take(msgspec.json.decode(text, type=_Line))
+                self._take(decode_json(text, type=_Line))
         for entry in self._entries.values():
             if entry.state == "running":
                 error = WireError.of(daemon_ended(entry.kind, entry.target), entry.id)

@@ -22,6 +22,7 @@ import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE, Detached
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
@@ -296,7 +297,7 @@ class Server:
     async def _answer(self, channel: Channel, line: bytes, pid: int, uid: int) -> None:
         started = time.monotonic()
         try:
-            request = msgspec.json.decode(line, type=Request)
+            request = decode_json(line, type=Request)
         except MALFORMED as e:
             error = BangerError("bad_request", f"the request line is malformed: {e}")
             await channel.write_document(Reply(error=WireError.of(error)))
@@ -385,7 +386,7 @@ class Server:
         if method is None:
             raise BangerError("unknown_method", f"there is no method {request.method!r}")
         try:
-            return method, msgspec.json.decode(request.params, type=method.params)
+            return method, decode_json(request.params, type=method.params)
         except MALFORMED as e:
             raise BangerError("bad_request", f"{request.method}: {e}") from e
 

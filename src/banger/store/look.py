@@ -10,6 +10,7 @@ from urllib.parse import quote
 import msgspec
 
 from banger.api.records import VmRecord
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.store.database import migrations
 
@@ -50,7 +51,7 @@ def look_at_database(path: Path) -> DatabaseLook | None:
             vms = None
             if 1 <= version <= known and not problems:
                 rows = connection.execute("SELECT record FROM vms").fetchall()
-                found = [msgspec.json.decode(record, type=VmRecord) for (record,) in rows]
+                found = [decode_json(record, type=VmRecord) for (record,) in rows]
                 vms = tuple(sorted(found, key=lambda vm: vm.name))
             elif version == 0:
                 vms = ()

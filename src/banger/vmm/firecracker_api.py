@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from banger.decoding import decode_json
 from banger.errors import MALFORMED, BangerError
 from banger.vmm.driver import connected
 
@@ -85,6 +86,6 @@ def _parse_head(head: bytes) -> tuple[int, int]:
 
 def _fault_text(answer: bytes) -> str:
     try:
-        return msgspec.json.decode(answer, type=_Fault).fault_message
+        return decode_json(answer, type=_Fault).fault_message
     except MALFORMED:
         return answer[:400].decode(errors="replace").strip() or "no reason given"
