@@ -142,15 +142,14 @@ def run(
 
 
 def _wait(argv: Sequence[str], output: int | None, cwd: Path, env: Mapping[str, str]) -> int:
-    try:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env=env
-        )
-    except OSError as e:
-        raise StepFailed(f"starting {argv[0]}: {e.strerror}") from e
     started = time.monotonic()
     live = output is not None and sys.stderr.isatty()
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _ctrl_c_later():
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd, env=env
+            )
         while True:
             try:
                 return process.wait(timeout=1)
@@ -159,7 +158,11 @@ def _wait(argv: Sequence[str], output: int | None, cwd: Path, env: Mapping[str, 
                     name = Path(argv[0]).name
                     sys.stderr.write(f"\r  {name} … {time.monotonic() - started:.0f} s")
                     sys.stderr.flush()
+    except OSError as e:
+        raise StepFailed(f"starting {argv[0]}: {e.strerror}") from e
     except BaseException:
+        if process is None:
+            raise
         # Ctrl-C reached the whole process group; what ignores it (apt does) is waited for, because
         # a package manager that is killed leaves a half-configured system.
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -171,6 +174,28 @@ def _wait(argv: Sequence[str], output: int | None, cwd: Path, env: Mapping[str, 
     finally:
         if live:
             sys.stderr.write("\r\033[K")
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C in the block takes effect at its end: in the middle of a start the program may run
+    already, and nobody could wait for it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, which programs inherit
+        yield
+        return
+    pressed: list[int] = []
+    try:
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    except ValueError:  # a thread beside the main one, which hears of no signal
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def hash_files(paths: Iterable[Path], *words: str) -> str:

@@ -401,9 +401,13 @@ def remove_tree(path: Path) -> None:
     """Remove a directory of ours, without following links; absent is fine."""
     import shutil  # with its compressors, which a command line that removes nothing need not load
 
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
+    while True:
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            # Of the whole, or of a part that somebody else removed in the same moment.
+            if os.path.lexists(path):
+                continue
         return
 
 

@@ -8,6 +8,7 @@ by `spawn_detached` belongs to nobody's request and outlives the daemon.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -263,6 +264,18 @@ def read_stat(pid: int) -> tuple[str, int] | None:
     # The name in field 2 may hold spaces and parentheses: count after the last one.
     fields = text[text.rindex(")") + 2 :].split()
     return fields[0], int(fields[19])
+
+
+@functools.cache
+def find_boot_id() -> str | None:
+    """The kernel's name for this boot, None where it does not tell. Start times count from it.
+
+    Source: random(4).
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
 
 
 def open_process(pid: int, start_time: int) -> int | None:

@@ -141,7 +141,7 @@ class Launcher:
             child = _Child.fork(plan, self._site, uid, argv, directory, console)
             stack.callback(child.close)
             try:
-                entry = replace(entry, pid=child.pid, start_time=child.start_time)
+                entry = replace(entry, **child.identity)
                 self._save(entry)
                 child.go()
                 if not child.wait_ready(root, timeout_s=_TIMEOUT_S):
@@ -155,13 +155,13 @@ class Launcher:
             except BaseException as e:
                 child.end()
                 try:
-                    self._save(replace(entry, pid=None, start_time=None))
+                    self._save(replace(entry, pid=None, start_time=None, boot_id=None))
                     jail.make_jail(site.jail_base, entry.id)
                 except (HelperError, OSError) as later:
                     if isinstance(e, HelperError):
                         e.also.append(str(later))
                 raise
-            return {"pid": child.pid, "start_time": child.start_time}
+            return child.identity
 
     def _build_argv(self, entry: Entry, programs: dict[str, str]) -> list[str]:
         gid, _ = paths.find_groups(self._owner_uid)
@@ -207,7 +207,11 @@ class _Child:
         started = vmm.read_start_time(pid)
         # It waits for us, and is not reaped.
         assert started is not None
-        self.start_time = started
+        self.identity: dict[str, Any] = {
+            "pid": pid,
+            "start_time": started,
+            "boot_id": vmm.read_boot_id(),
+        }
 
     @classmethod
     def fork(

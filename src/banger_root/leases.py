@@ -139,6 +139,7 @@ class Leases:
                     "scope": entry.scope,
                     "pid": entry.pid,
                     "start_time": entry.start_time,
+                    "boot_id": entry.boot_id,
                 }
                 for entry in entries
             ],

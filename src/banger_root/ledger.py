@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from banger_root.validate import Bridge, LeasePlan
 
-_SCHEMA = 2
+_SCHEMA = 3
 # Of helpers before this one: their leases can still be given back.
-_OLDER_SCHEMAS = (1,)
+_OLDER_SCHEMAS = (1, 2)
+_POOL_SCHEMA = 2
 _FILE_LIMIT = 64 << 10
 
 _POOL = ".pool"
@@ -55,6 +56,9 @@ class Entry:
     pid: int | None = None
     start_time: int | None = None
     """Of the VMM that was launched: clock ticks since boot. Both or neither."""
+    boot_id: str | None = None
+    """Of the kernel in which it was launched: in another one, pid and start time may be of any
+    process. None where a helper before this one did not note it."""
 
     @property
     def id(self) -> str:
@@ -178,6 +182,7 @@ class Ledger:
                 "scope": entry.scope,
                 "pid": entry.pid,
                 "start_time": entry.start_time,
+                "boot_id": entry.boot_id,
             },
         )
 
@@ -242,7 +247,7 @@ class Ledger:
             name,
             f"{name}{_POOL}",
             {
-                "schema": _SCHEMA,
+                "schema": _POOL_SCHEMA,
                 "bridge": validate.format_bridge(pool.bridge),
                 "size": pool.size,
                 "taps": list(pool.taps),
@@ -320,14 +325,16 @@ def _parse_entry(content: bytes) -> Entry:
     document = fields.parse_document(content)
     if document.get("schema") in _OLDER_SCHEMAS:
         document = {"scope": None, "pid": None, "start_time": None, "tap": "", **document}
+        document["boot_id"] = None
     expected = {"schema", "plan", "tap", "owner_uid", "state", "held", "created_at"}
-    expected |= {"scope", "pid", "start_time"}
+    expected |= {"scope", "pid", "start_time", "boot_id"}
     if set(document) != expected or document["schema"] not in (_SCHEMA, *_OLDER_SCHEMAS):
         raise HelperError("bad_request", f"it is no lease of schema {_SCHEMA}")
     plan: Any = document["plan"]
     tap: Any = document["tap"]
     held, state, created_at = document["held"], document["state"], document["created_at"]
     scope, pid, start_time = document["scope"], document["pid"], document["start_time"]
+    boot_id = document["boot_id"]
     if (
         type(plan) is not dict
         or type(document["owner_uid"]) is not int
@@ -338,9 +345,11 @@ def _parse_entry(content: bytes) -> Entry:
         or type(scope) not in (str, type(None))
         or type(pid) not in (int, type(None))
         or type(start_time) is not type(pid)
+        or type(boot_id) not in (str, type(None))
+        or boot_id == ""
     ):
         raise HelperError("bad_request", "a field has a value that the helper never writes")
-    if document["schema"] == _SCHEMA:
+    if document["schema"] != 1:
         checked = validate.parse_prepare(plan)
         if tap != checked.own_tap and not (type(tap) is str and validate.is_pool_tap(tap)):
             raise HelperError("bad_request", "its tap is neither its own nor one of a pool")
@@ -357,14 +366,15 @@ def _parse_entry(content: bytes) -> Entry:
         scope=scope,
         pid=pid,
         start_time=start_time,
+        boot_id=boot_id,
     )
 
 
 def _parse_pool(content: bytes, bridge_name: str) -> Pool:
     document = fields.parse_document(content)
     expected = {"schema", "bridge", "size", "taps", "boot_id"}
-    if set(document) != expected or document["schema"] != _SCHEMA:
-        raise HelperError("bad_request", f"it is no tap pool of schema {_SCHEMA}")
+    if set(document) != expected or document["schema"] != _POOL_SCHEMA:
+        raise HelperError("bad_request", f"it is no tap pool of schema {_POOL_SCHEMA}")
     taps, boot_id = document["taps"], document["boot_id"]
     plan = validate.parse_sweep({"pool": {"bridge": document["bridge"], "size": document["size"]}})
     assert plan is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from banger_root import nft
+from banger_root import nft, vmm
 from banger_root.bridge import (
     attach_tap,
     check_bridge,
@@ -126,7 +126,7 @@ class TapPool:
 
     def _pools(self) -> list[Pool]:
         pools, _ = self._ledger.pools()
-        boot = _read_boot_id()
+        boot = vmm.read_boot_id()
         # What another kernel had is gone, and its names may be somebody else's by now.
         return [p if p.boot_id == boot else replace(p, taps=(), boot_id=boot) for p in pools]
 
@@ -150,7 +150,7 @@ class TapPool:
         """The pool with its new size, rid of taps that are gone or were left half made."""
         pool = self._find(bridge)
         if pool is None:
-            return Pool(bridge=bridge, size=size, taps=(), boot_id=_read_boot_id())
+            return Pool(bridge=bridge, size=size, taps=(), boot_id=vmm.read_boot_id())
         entries, _ = self._ledger.entries()
         kept = {entry.tap for entry in entries if "tap" in entry.held}
         kept.update(self._idle(rt, pool, entries))
@@ -226,8 +226,3 @@ def _free_names(rt: Rtnetlink, ours: tuple[str, ...], count: int) -> list[str]:
 def _without(taps: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
     dropped = set(names)
     return tuple(tap for tap in taps if tap not in dropped)
-
-
-def _read_boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
-        return f.read().strip()

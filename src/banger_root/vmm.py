@@ -1,7 +1,8 @@
 """A launched VMM, as the ledger knows it: found, signalled and ended, and never another process.
 
 A pid alone could have been given to somebody else since. So a pidfd is opened first, and the start
-time compared after that: from then on the descriptor means that very process, or none.
+time compared after that: from then on the descriptor means that very process, or none. Of a lease
+that is older than this boot neither says anything.
 Sources: pidfd_open(2), pidfd_send_signal(2), proc(5), cgroups(7).
 """
 
@@ -31,9 +32,17 @@ def read_start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def read_boot_id() -> str:
+    """The name of this boot: what another kernel had is gone. Source: random(4)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+        return f.read().strip()
+
+
 def open_vmm(entry: Entry) -> int | None:
     """A pidfd of the lease's VMM; None where none was launched, or it has ended."""
     if entry.pid is None or entry.start_time is None:
+        return None
+    if entry.boot_id not in (None, read_boot_id()):
         return None
     try:
         fd = os.pidfd_open(entry.pid)

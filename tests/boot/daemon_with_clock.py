@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from banger.daemon import clock
+from banger.host import clock
 
 _ORDERS = Path(sys.argv.pop(1))
 _read_clocks = clock.read_clocks

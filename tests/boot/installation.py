@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KERNEL = "debian-6.12-cloud"
 IMAGE = "debian-bookworm-minimal"
+# A watchdog, as in `patience`: whole lives of emulated machines, several side by side.
+PATIENCE_S = 600.0
 SMALL = ("--vcpu", "1", "--memory", "512M", "--disk-size", "512M", "--system-overlay-size", "512M")
 
 
@@ -77,7 +81,7 @@ class Installation:
         self,
         *words: str,
         stdin: bytes | None = None,
-        timeout_s: float = 240,
+        timeout_s: float = PATIENCE_S,
         cwd: Path | None = None,
     ) -> Done:
         p = self.popen(
@@ -111,17 +115,31 @@ class Installation:
     def daemon_pid(self) -> int:
         return int(self.json("daemon", "status", "--json")["pid"])
 
-    def kill_daemon(self) -> None:
-        """As a crash would: no goodbye. Returns when it is gone."""
-        pid = self.daemon_pid()
+    def kill_daemon(self, pid: int | None = None) -> None:
+        """As a crash would: no goodbye. Returns when it is gone.
+
+        `pid`: who wants it to die in the middle of something asks for it before.
+        """
+        if pid is None:
+            pid = self.daemon_pid()
         fd = os.pidfd_open(pid)
         try:
             os.kill(pid, signal.SIGKILL)
-            import select
-
-            assert select.select([fd], [], [], 10)[0]
+            assert select.select([fd], [], [], PATIENCE_S)[0]
         finally:
             os.close(fd)
+
+    def stop_daemon(self) -> None:
+        """Let it end in order. It refuses while it is busy with what a client has left."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (done := self("daemon", "stop")).status != 0:
+            assert "under way" in done.err and time.monotonic() < deadline, done.err
+
+    def wait_for_sshd(self, vm: str) -> None:
+        """The announcement comes before sshd listens; `vm ports` shows when it does."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(p["port"] == 22 for p in self.json("vm", "ports", "--json", vm)):
+            assert time.monotonic() < deadline, self.evidence()
 
     def census(self) -> dict[str, list[str]]:
         """Everything on the host that VMs of this installation hold."""
@@ -169,4 +187,4 @@ class Installation:
         names = self("vm", "list", "--names").text.split()
         if names:
             self("vm", "delete", *names)
-        self("daemon", "stop")
+        self.stop_daemon()

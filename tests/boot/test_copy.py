@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
+import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
-from banger.workspace.partial import part_name
 from boot.installation import Installation
 
 _SIZE = 96 << 20
-_SEEN = 8 << 20
-# Ends when enough of the file has come, so that the copy can be killed in the middle of it.
-_WATCH = f"""
-until [ "$(stat -c %s /root/.banger-put-part-* 2>/dev/null || echo 0)" -ge {_SEEN} ]; do
-    sleep 0.02
-done
-"""
+_DYING = str(Path(__file__).with_name("dying_command.py"))
 
 
-def _wait_for(path: Path, size: int) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.stat().st_size < size:
-        assert time.monotonic() < deadline, f"{path} does not grow"
-        time.sleep(0.005)
+def die_copying(banger: Installation, source: str, target: str, *, after: int) -> None:
+    """`vm cp`, killed when so many bytes have passed."""
+    argv = [sys.executable, _DYING, str(after), "vm", "cp", source, target]
+    done = subprocess.run(argv, env=banger.env, stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_copy_that_was_killed_goes_on_in_both_directions(
@@ -35,10 +28,7 @@ def test_copy_that_was_killed_goes_on_in_both_directions(
     source = tmp_path / "source"
     source.write_bytes(random.Random(1).randbytes(_SIZE))
     expected = hashlib.sha256(source.read_bytes()).hexdigest()
-    with banger.popen("vm", "exec", web, "--", "timeout", "60", "sh", "-c", _WATCH) as watch:
-        with banger.popen("vm", "cp", str(source), f"{web}:big") as copy:
-            assert watch.wait(90) == 0
-            copy.kill()
+    die_copying(banger, str(source), f"{web}:big", after=_SIZE // 4)
     assert banger("vm", "exec", web, "--", "test", "-e", "big").status == 1
     again = banger.ok("vm", "cp", str(source), f"{web}:big")
     assert "were there already" in again.err
@@ -47,9 +37,7 @@ def test_copy_that_was_killed_goes_on_in_both_directions(
     )
     assert there.text.split() == [expected, "big", "0"]
     back = tmp_path / "back"
-    with banger.popen("vm", "cp", f"{web}:big", str(back)) as copy:
-        _wait_for(tmp_path / os.fsdecode(part_name(b"back")), _SEEN)
-        copy.kill()
+    die_copying(banger, f"{web}:big", str(back), after=_SIZE // 4)
     assert not back.exists()
     again = banger.ok("vm", "cp", f"{web}:big", str(back))
     assert "were there already" in again.err
@@ -67,11 +55,7 @@ def test_directory_is_whole_or_not_there_and_only_what_differs_goes_again(
         path = tree / f"d{at % 6}" / f"f{at}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(number.randbytes(400_000))
-    some = "until ls -d /root/.banger-put-part-*/d3; do sleep 0.02; done"
-    with banger.popen("vm", "exec", web, "--", "timeout", "60", "sh", "-c", some) as watch:
-        with banger.popen("vm", "cp", str(tree), f"{web}:tree") as copy:
-            assert watch.wait(90) == 0
-            copy.kill()
+    die_copying(banger, str(tree), f"{web}:tree", after=12 << 20)
     assert banger("vm", "exec", web, "--", "test", "-e", "tree").status == 1
     assert "were there already" in banger.ok("vm", "cp", str(tree), f"{web}:tree").err
     assert "copied: 0 files" in banger.ok("vm", "cp", f"{tree}/.", f"{web}:tree").err

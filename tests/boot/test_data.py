@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -55,7 +55,7 @@ def test_what_was_synced_before_the_vmm_was_killed_is_there_after_start(
     assert p.stdout
     told = [int(p.stdout.readline()) for _ in range(20)]
     os.kill(banger.handles(vm)["process"]["pid"], signal.SIGKILL)
-    out, _ = p.communicate(timeout=60)
+    out, _ = p.communicate(timeout=PATIENCE_S)
     told += [int(line) for line in out.split(b"\n")[:-1]]
     assert banger.show(vm)["state"] == "stopped"
     check_disks(banger, vm, tmp_path, replay=True)

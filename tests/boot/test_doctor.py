@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from boot.installation import SMALL, Done, Installation
+from boot.installation import PATIENCE_S, SMALL, Done, Installation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -30,7 +30,7 @@ def kill(pid: int) -> None:
     fd = os.pidfd_open(pid)
     try:
         os.kill(pid, signal.SIGKILL)
-        assert select.select([fd], [], [], 10)[0]
+        assert select.select([fd], [], [], PATIENCE_S)[0]
     finally:
         os.close(fd)
 

@@ -20,7 +20,7 @@ import pytest
 
 from banger.faults import MOMENTS, STEPS
 from banger.process import read_stat
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 from sample import SEED_OF_THE_DAY, pick
 
 NAME = "faulty"
@@ -43,18 +43,17 @@ def order_of(banger: Installation, steps: tuple[str, ...], action: str, *where: 
 def daemon_with(banger: Installation, marks: Path, order: str) -> Iterator[Path]:
     """The next daemon has this order; the one after it has none. Gives the mark that it leaves."""
     print(f"BANGER_SEED={SEED_OF_THE_DAY}: {order}")
-    banger.ok("daemon", "stop")
+    banger.stop_daemon()
     banger.env["BANGER_FAULTS"] = f"{marks}:{order}"
     try:
         yield marks / order
     finally:
         del banger.env["BANGER_FAULTS"]
-        # It may have been killed; then there is nobody to be stopped. Or be busy with what its
-        # client has left.
-        wait_for(lambda: banger("daemon", "stop").status == 0, "the daemon's end")
+        # It may have been killed; then there is nobody to be stopped.
+        banger.stop_daemon()
 
 
-def wait_for(what: Callable[[], Any], doing: str, *, timeout_s: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], doing: str, *, timeout_s: float = PATIENCE_S) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < deadline, f"{doing}: not within {timeout_s:g} s"
@@ -134,17 +133,28 @@ def start_while_somebody_is_killed(banger: Installation, marks: Path, victim: st
         wait_for(lambda: (read_stat(pid) or ("", 0))[0] == "T", "the daemon's standing still")
         kill_one(banger, victim, pid, starting)
         os.kill(pid, signal.SIGCONT)
-        starting.communicate(timeout=240)
+        starting.communicate(timeout=PATIENCE_S)
 
 
 def daemon_pid(banger: Installation) -> int:
     """Without asking it: it stands still."""
-    lock = os.stat(banger.runtime / "daemon.lock")
+    lock = banger.runtime / "daemon.lock"
+    number = lock.stat().st_ino
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
-        if "FLOCK" in words and int(words[5].split(":")[2]) == lock.st_ino:
+        # Another filesystem's file may have the same number.
+        if "FLOCK" in words and int(words[5].split(":")[2]) == number and _has(words[4], lock):
             return int(words[4])
     raise AssertionError("no daemon runs")
+
+
+def _has(pid: str, path: Path) -> bool:
+    """Whether a process has this file open."""
+    for fd in Path("/proc", pid, "fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if fd.readlink() == path:
+                return True
+    return False
 
 
 def kill_one(

@@ -35,11 +35,11 @@ def home(banger: Installation) -> Iterator[Path]:
             f'[[file_sync]]\nhost = "{directory}/token"\nguest = "/root/.tool/auth/token"\n'
             'when = "start"\n'
         )
-        banger.ok("daemon", "stop")
+        banger.stop_daemon()
         yield directory
     finally:
         banger.config.write_text(before)
-        banger("daemon", "stop")
+        banger.stop_daemon()
         shutil.rmtree(directory)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import IMAGE, KERNEL, SMALL, Installation
+from boot.installation import IMAGE, KERNEL, PATIENCE_S, SMALL, Installation
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_left"),
@@ -150,6 +150,7 @@ echo end
 def test_a_build_that_fails_or_is_interrupted_leaves_nothing(
     banger: Installation, tmp_path: Path
 ) -> None:
+    images = [i["name"] for i in banger.json("image", "list", "--json")]
     bad = tmp_path / "bad.sh"
     bad.write_text("echo 'the reason' >&2\nexit 7\n")
     build = ("image", "build", "--name", "never", "--from-image", IMAGE, *SMALL, "--script")
@@ -164,9 +165,9 @@ def test_a_build_that_fails_or_is_interrupted_leaves_nothing(
         if line == b"it runs\n":
             break
     os.kill(p.pid, signal.SIGINT)
-    _, rest = p.communicate(timeout=60)
+    _, rest = p.communicate(timeout=PATIENCE_S)
     assert p.returncode == 130, rest
-    assert [i["name"] for i in banger.json("image", "list", "--json")] == [IMAGE]
+    assert [i["name"] for i in banger.json("image", "list", "--json")] == images
 
 
 @pytest.mark.usefixtures("cleaned")

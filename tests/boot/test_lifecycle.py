@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -70,7 +70,7 @@ def test_a_vmm_killed_under_a_command_is_told_and_its_data_kept(
     assert p.stdout
     assert p.stdout.readline() == b"up\n"
     os.kill(banger.handles(vm)["process"]["pid"], signal.SIGKILL)
-    _, err = p.communicate(timeout=60)
+    _, err = p.communicate(timeout=PATIENCE_S)
     assert p.returncode == 1
     assert b"the machine ended while the command ran" in err
     record = banger.show(vm)
@@ -97,13 +97,14 @@ def test_sizes_change_at_the_next_start_and_disks_grow_with_their_filesystem(
 
 
 def test_a_crash_of_the_daemon_during_a_start_leaves_nothing(banger: Installation) -> None:
+    daemon = banger.daemon_pid()
     p = banger.popen("vm", "create", "--name", "crash", *SMALL)
     assert p.stderr
     for line in p.stderr:
         if line.startswith(b"ready:"):
             break
-    banger.kill_daemon()
-    p.communicate(timeout=60)
+    banger.kill_daemon(daemon)
+    p.communicate(timeout=PATIENCE_S)
     assert p.returncode == 1
     assert (
         banger.json("vm", "list", "--json") == []
@@ -115,13 +116,14 @@ def test_a_stopped_vms_start_that_died_with_the_daemon_leaves_it_stopped(
     banger: Installation, vm: str
 ) -> None:
     banger.ok("vm", "stop", vm)
+    daemon = banger.daemon_pid()
     p = banger.popen("vm", "start", vm)
     assert p.stderr
     for line in p.stderr:
         if line.startswith(b"ready:"):
             break
-    banger.kill_daemon()
-    p.communicate(timeout=60)
+    banger.kill_daemon(daemon)
+    p.communicate(timeout=PATIENCE_S)
     assert banger.show(vm)["state"] == "stopped"
     banger.ok("vm", "start", vm)
 

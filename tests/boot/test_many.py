@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from boot.installation import SMALL, Done, Installation
+from boot.installation import PATIENCE_S, SMALL, Done, Installation
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("nothing_left")]
 
 _VMS = 4
 _COMMANDS = 24
@@ -51,13 +51,14 @@ def test_vms_are_made_used_and_deleted_at_once(banger: Installation) -> None:
 
 
 def test_daemon_that_is_killed_in_a_create_leaves_its_client_honest(banger: Installation) -> None:
+    daemon = banger.daemon_pid()
     creating = banger.popen("vm", "create", "--name", "torn", *SMALL, "--json")
     assert creating.stderr is not None
     for line in creating.stderr:
         if line.startswith(b"ready:"):
             break
-    banger.kill_daemon()
-    out, err = creating.communicate(timeout=60)
+    banger.kill_daemon(daemon)
+    out, err = creating.communicate(timeout=PATIENCE_S)
     import json
 
     error = json.loads(out)["error"]

@@ -15,7 +15,7 @@ import dns.query
 import dns.rcode
 import pytest
 
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 
 # perl is part of every Debian. The web server's name tries to clear the terminal.
 LISTENERS = r"""
@@ -46,7 +46,9 @@ while (accept(my $c, $web)) {
 def ask(banger: Installation, name: str, rtype: str = "A") -> dns.message.Message:
     """What the installation's own name server says, as dnspython reads it."""
     host, port = banger.json("daemon", "status", "--json")["dns"].rsplit(":", 1)
-    return dns.query.udp(dns.message.make_query(name, rtype), host, port=int(port), timeout=15)
+    return dns.query.udp(
+        dns.message.make_query(name, rtype), host, port=int(port), timeout=PATIENCE_S
+    )
 
 
 @contextlib.contextmanager
@@ -60,12 +62,12 @@ def listening(banger: Installation, vm: str) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def rows(banger: Installation, vm: str) -> dict[tuple[str, int], dict[str, Any]]:
     """The rows of our listeners. Asked again while the emulated guest is too slow for its link."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         found = {(x["proto"], x["port"]): x for x in banger.json("vm", "ports", "--json", vm)}
         if found[("tcp", 8000)].get("link") or time.monotonic() > deadline:
@@ -93,7 +95,7 @@ def test_each_listener_has_its_label_and_what_is_printed_is_reached(
             (answer,) = ask(banger, name).answer
             kind = socket.SOCK_STREAM if key[0] == "tcp" else socket.SOCK_DGRAM
             with socket.socket(socket.AF_INET, kind) as sock:
-                sock.settimeout(60)
+                sock.settimeout(PATIENCE_S)
                 sock.connect((str(answer[0]), int(port)))
         table = banger.ok("vm", "ports", web).text
         assert "\x1b" not in table
@@ -120,15 +122,9 @@ def plain_ssh(banger: Installation, *words: str) -> subprocess.CompletedProcess[
         pytest.skip("ssh is not installed here")
     return subprocess.run(
         [program, "-F", banger.config.with_name("ssh_config"), "-o", "BatchMode=yes", *words],
-        env=banger.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        env=banger.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=PATIENCE_S,
     )  # fmt: skip
-
-
-def wait_for_sshd(banger: Installation, vm: str) -> None:
-    # The announcement comes before sshd listens; `vm ports` shows when it does.
-    deadline = time.monotonic() + 120
-    while not any(x["port"] == 22 for x in banger.json("vm", "ports", "--json", vm)):
-        assert time.monotonic() < deadline, banger.evidence()
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -143,7 +139,7 @@ def test_host_keys_are_known_at_first_contact_and_a_swapped_one_is_told(
     banger.ok("ssh-config")
     banger.ok("vm", "create", "--name", "first", *SMALL)
     address = banger.show("first")["address"]
-    wait_for_sshd(banger, "first")
+    banger.wait_for_sshd("first")
     done = plain_ssh(banger, "first.vm", "hostname; exit 42")
     assert (done.returncode, done.stdout) == (42, "first\n"), done.stderr
 
@@ -153,7 +149,7 @@ def test_host_keys_are_known_at_first_contact_and_a_swapped_one_is_told(
         "while ss -Hltn sport = :22 | grep -q .; do sleep 0.1; done; /usr/sbin/sshd"
     )
     banger.ok("vm", "exec", "first", "--", "sh", "-c", swap)
-    wait_for_sshd(banger, "first")
+    banger.wait_for_sshd("first")
     done_with_error = banger("vm", "ssh", "first", "--", "true")
     assert done_with_error.status == 1
     assert "its ssh host key is not the one that banger gave it" in done_with_error.err
@@ -164,7 +160,7 @@ def test_host_keys_are_known_at_first_contact_and_a_swapped_one_is_told(
     assert lines() == []
     banger.ok("vm", "create", "--name", "second", *SMALL)
     assert banger.show("second")["address"] == address
-    wait_for_sshd(banger, "second")
+    banger.wait_for_sshd("second")
     assert len(lines()) == 1
     assert banger.ok("vm", "ssh", "second", "--", "hostname").text == "second\n"
     done = plain_ssh(banger, "second.vm", "hostname")

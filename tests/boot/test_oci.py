@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tools.setup import go_environment
 
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 from fakes.registry import fake_registry
 from oci_kit import Entry, Image, build_image, layer_tar, whiteout, write_archive, write_layout
 
@@ -143,11 +143,11 @@ def test_ctrl_c_at_any_moment_of_a_pull_leaves_nothing(banger: Installation, mom
                 said.append(line)
                 if moment in line:
                     if registry.hold is not None:
-                        assert registry.holding.wait(30)
+                        assert registry.holding.wait(PATIENCE_S)
                     pull.send_signal(signal.SIGINT)
-            assert pull.wait(30) == 130, said
+            assert pull.wait(PATIENCE_S) == 130, said
         # The command has ended when it heard so; the daemon gives everything back at once.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while left := [*pull_programs(banger), *pull_files(banger)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.02)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.installation import SMALL, Installation
+from boot.installation import PATIENCE_S, SMALL, Installation
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -60,7 +60,7 @@ def test_a_vm_of_a_command_line_that_was_killed_is_deleted(
     assert p.stdout
     assert p.stdout.readline() == b"up\n"
     p.send_signal(number)
-    p.communicate(timeout=60)
+    p.communicate(timeout=PATIENCE_S)
     # The daemon deletes it; asking for that too waits for it, because the delete holds its lock.
     banger("vm", "delete", "killed")
 
@@ -73,7 +73,7 @@ def test_ctrl_c_reaches_the_guest_command(banger: Installation) -> None:
     assert p.stdout
     assert p.stdout.readline() == b"up\n"
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=PATIENCE_S)
     assert (p.returncode, out) == (7, b"caught\n"), err
 
 
@@ -84,7 +84,7 @@ def test_ctrl_c_while_the_vm_starts_leaves_nothing(banger: Installation) -> None
         if line.startswith(b"ready:"):
             break
     p.send_signal(signal.SIGINT)
-    p.communicate(timeout=60)
+    p.communicate(timeout=PATIENCE_S)
     assert p.returncode == 130
 
 
@@ -98,7 +98,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(banger: Installation) -> Non
         banger.popen("vm", "run", "--rm", *SMALL, "--", "sh", "-c", f"echo {i}; exit {i}")
         for i in (3, 4)
     ]
-    results = [(p.communicate(timeout=240)[0], p.returncode) for p in both]
+    results = [(p.communicate(timeout=PATIENCE_S)[0], p.returncode) for p in both]
     assert results == [(b"3\n", 3), (b"4\n", 4)]
 
 
@@ -140,7 +140,7 @@ def test_the_daemons_death_does_not_end_a_command(banger: Installation) -> None:
     assert p.stdout and p.stdin
     assert p.stdout.readline() == b"up\n"
     banger.kill_daemon()
-    out, err = p.communicate(b"word\n", timeout=60)
+    out, err = p.communicate(b"word\n", timeout=PATIENCE_S)
     assert (p.returncode, out) == (5, b"got word\n"), err
 
 
@@ -162,6 +162,6 @@ def test_the_terminal_closing_ends_the_command(banger: Installation) -> None:
     assert p.stdout
     assert p.stdout.readline() == b"up\n"
     p.send_signal(signal.SIGHUP)
-    p.communicate(timeout=60)
+    p.communicate(timeout=PATIENCE_S)
     os.close(primary)
     assert p.returncode != 0

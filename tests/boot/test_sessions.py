@@ -13,7 +13,7 @@ import acp
 import pexpect
 import pytest
 
-from boot.installation import Installation
+from boot.installation import PATIENCE_S, Installation
 
 # A coding agent small enough for any guest: JSON lines in, JSON lines out. It talks to stderr too,
 # and its directory is in its answer.
@@ -82,7 +82,7 @@ def test_a_client_library_speaks_with_an_agent_in_the_guest(
             assert done.stop_reason == "end_turn"
         return editor.said, await process.wait()
 
-    said, status = asyncio.run(asyncio.wait_for(talk(), 60))
+    said, status = asyncio.run(asyncio.wait_for(talk(), PATIENCE_S))
     assert said == ["in /tmp"]
     assert status is not None
 
@@ -123,12 +123,12 @@ def test_a_terminal_session_is_joined_left_and_joined_again(banger: Installation
     shell = pexpect.spawn(
         sys.executable, banger.argv("vm", "session", "start", web, "--name", "sh", "-t", "--",
                                     "sh")[1:],
-        env={**os.environ, **banger.env}, timeout=60, dimensions=(30, 90),
+        env={**os.environ, **banger.env}, timeout=PATIENCE_S, dimensions=(30, 90),
     )  # fmt: skip
     shell.expect(pexpect.EOF)
     attach = banger.argv("vm", "session", "attach", web, "sh")[1:]
     env = {**os.environ, **banger.env}
-    first = pexpect.spawn(sys.executable, attach, env=env, timeout=60, dimensions=(33, 77))
+    first = pexpect.spawn(sys.executable, attach, env=env, timeout=PATIENCE_S, dimensions=(33, 77))
     first.expect("# ")
     first.sendline("stty size; x=kept")
     first.expect("33 77")
@@ -137,7 +137,7 @@ def test_a_terminal_session_is_joined_left_and_joined_again(banger: Installation
     first.expect(pexpect.EOF)
     first.close()
     assert first.exitstatus == 0
-    second = pexpect.spawn(sys.executable, attach, env=env, timeout=60)
+    second = pexpect.spawn(sys.executable, attach, env=env, timeout=PATIENCE_S)
     second.sendline("echo value=$x")
     second.expect("value=kept")
     second.sendline("exit 4")

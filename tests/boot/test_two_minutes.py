@@ -45,10 +45,10 @@ def small(banger: Installation) -> Iterator[None]:
     """The sizes that a command without options gets."""
     before = banger.config.read_text()
     banger.config.write_text(before + _SIZES)
-    banger.ok("daemon", "stop")
+    banger.stop_daemon()
     yield
     banger.config.write_text(before)
-    banger("daemon", "stop")
+    banger.stop_daemon()
 
 
 @pytest.fixture
@@ -119,3 +119,4 @@ def test_what_is_shown_of_sessions_does_what_it_says(
     banger.ok("vm", "session", "kill", web, "repl")
     for name in ("repl", "job"):
         banger.ok("vm", "session", "remove", web, name)
+    banger.ok("vm", "exec", web, "--", "rm", "/usr/local/bin/python3")

@@ -62,9 +62,7 @@ def test_a_guest_without_privilege_reaches_nothing(user: Installation, alone: st
 
 
 def test_ssh_goes_through_the_agent(user: Installation, alone: str) -> None:
-    # The announcement comes before sshd listens; `vm ports` shows when it does.
-    while not any(p["port"] == 22 for p in user.json("vm", "ports", "--json", alone)):
-        pass
+    user.wait_for_sshd(alone)
     done = user("vm", "ssh", alone, "--", "echo via $SSH_CONNECTION; exit 7")
     assert done.status == 7, done.err
     assert done.text.startswith("via 127.0.0.1 ")

@@ -122,7 +122,7 @@ def test_commits_made_in_the_guest_come_back_as_commits(
     assert out == " M run.sh\n"
 
 
-@pytest.mark.timeout(300 * SOAK)
+@pytest.mark.timeout(1800 * SOAK)
 @settings(
     max_examples=3 * SOAK, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -29,6 +29,7 @@ _ALLOWED = {
         2,
         "named by its hash when it is whole and synced",
     ),
+    "banger/cli/cp_out.py": (1, "a pipe or a device of the user's"),
     "banger/cli/entry.py": (2, "the standard streams that our caller closed"),
     "banger/cli/image_build.py": (1, "a copy, which is synced before it is named"),
     "banger/cli/server.py": (2, "a lock, and the words of a daemon that is being started"),
@@ -62,7 +63,7 @@ _ALLOWED = {
     "banger/oci/download.py": (1, _CACHE),
     "banger/oci/eviction.py": (1, "a lock"),
     "banger/oci/unpacked.py": (1, _SCRATCH),
-    "banger/rpc/operations.py": (1, "a journal, appended to; it need not outlive the host"),
+    "banger/rpc/operations.py": (2, "a journal, appended to; it need not outlive the host"),
     "banger/store/database.py": (2, "SQLite's own; the copy is synced before it is named"),
     "banger/system/installer.py": (
         3,

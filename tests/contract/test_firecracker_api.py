@@ -30,6 +30,7 @@ from banger.vmm.kvm_probe import probe_kvm
 from banger.vmm.machine import Machine, TapNic
 from banger.vmm.programs import Program, find_firecracker
 from fakes.vmm import MAC, make_machine
+from patience import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _elf_that_halts() -> bytes:
 async def test_the_real_firecracker_takes_every_document(running: Running) -> None:
     socket = running.machine.runtime / "api.sock"
     make_links(running.machine)
-    await asyncio.wait_for(wait_for_socket(socket), 10)
+    await asyncio.wait_for(wait_for_socket(socket), PATIENCE_S)
     for path, document in build_documents(running.machine)[:-1]:
         await firecracker_api.send(socket, "PUT", path, document)
 
@@ -221,7 +222,7 @@ async def test_the_real_firecracker_takes_every_document(running: Running) -> No
 async def test_the_real_firecracker_knows_the_fields_of_a_network_card(running: Running) -> None:
     # `lo` is no tap: the refusal shows that it got as far as opening it.
     socket = running.machine.runtime / "api.sock"
-    await asyncio.wait_for(wait_for_socket(socket), 10)
+    await asyncio.wait_for(wait_for_socket(socket), PATIENCE_S)
     [(path, document)] = [
         d
         for d in build_documents(make_machine(nic=TapNic(tap="lo", mac=MAC)))
@@ -240,7 +241,7 @@ async def test_the_real_firecracker_refuses_a_field_that_it_does_not_know(
     # What makes it a judge: an unknown field is an error in each resource that has fields.
     socket = running.machine.runtime / "api.sock"
     make_links(running.machine)
-    await asyncio.wait_for(wait_for_socket(socket), 10)
+    await asyncio.wait_for(wait_for_socket(socket), PATIENCE_S)
     for path, document in build_documents(running.machine):
         with pytest.raises(firecracker_api.Refused, match="unknown field"):
             await firecracker_api.send(socket, "PUT", path, document | {"x_unknown": 1})
@@ -251,7 +252,9 @@ async def test_a_start_without_kvm_fails_in_firecrackers_own_words(
     without_kvm: Running, tmp_path: Path
 ) -> None:
     with pytest.raises(BangerError) as failed:
-        await without_kvm.driver.start(without_kvm.machine, without_kvm.exited, timeout_s=15)
+        await without_kvm.driver.start(
+            without_kvm.machine, without_kvm.exited, timeout_s=PATIENCE_S
+        )
     assert failed.value.reason == "vmm_refused"
     assert "PUT /actions: Firecracker answered 400" in failed.value.message
     assert "KVM" in failed.value.message
@@ -263,7 +266,7 @@ async def test_a_kernel_that_is_missing_is_named_in_firecrackers_own_words(
 ) -> None:
     running.machine.kernel.unlink()
     with pytest.raises(BangerError) as failed:
-        await running.driver.start(running.machine, running.exited, timeout_s=15)
+        await running.driver.start(running.machine, running.exited, timeout_s=PATIENCE_S)
     assert "/boot-source" in failed.value.message
     assert "No such file" in failed.value.message
 
@@ -272,7 +275,7 @@ async def test_a_kernel_that_is_missing_is_named_in_firecrackers_own_words(
 async def test_a_killed_firecracker_is_told_as_an_exit(running: Running) -> None:
     running.process.kill()
     with pytest.raises(BangerError) as failed:
-        await running.driver.start(running.machine, running.exited, timeout_s=15)
+        await running.driver.start(running.machine, running.exited, timeout_s=PATIENCE_S)
     assert failed.value.reason == "vmm_exited"
 
 
@@ -284,7 +287,11 @@ def test_a_second_launch_fails_where_sockets_were_left(
     driver = FirecrackerDriver(program=firecracker.path, version=firecracker.version)
     launch = driver.build_launch(make_machine(runtime=tmp_path))
     done = subprocess.run(
-        launch.argv, cwd=launch.cwd, stdin=subprocess.DEVNULL, capture_output=True, timeout=15
+        launch.argv,
+        cwd=launch.cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode != 0
 

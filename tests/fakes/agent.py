@@ -22,6 +22,7 @@ import pytest
 
 from banger.config.resources import agent_binary
 from banger.errors import BangerError
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a" * 64
@@ -90,7 +91,7 @@ class Agent:
         announced = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         announced.bind(str(directory / "host"))
         announced.listen(1)
-        announced.settimeout(10)
+        announced.settimeout(PATIENCE_S)
         process = subprocess.Popen(
             [self._program, "serve", "--listen", f"unix:{self.socket}",
              "--config", directory / "config.json",

@@ -18,6 +18,7 @@ from typing import Any
 from banger import __version__
 from banger.daemon.handlers import build_methods
 from banger.rpc.server import Call, Method, Server
+from patience import PATIENCE_S
 
 # Takes the parameters, or the call and the parameters.
 Answer = Callable[..., Any]
@@ -82,7 +83,7 @@ def running_daemon(
     )
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE_S)
         yield daemon
     finally:
         loop.call_soon_threadsafe(ending.set)

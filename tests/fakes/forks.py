@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 ORDERED = 3
 
@@ -42,7 +44,7 @@ class Forks:
         return int(line)
 
     def close(self) -> None:
-        self._server.communicate(timeout=30)
+        self._server.communicate(timeout=PATIENCE_S)
 
 
 @contextlib.contextmanager

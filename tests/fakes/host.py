@@ -32,6 +32,7 @@ from banger.host.lease import (
 from banger.host.privilege import Privilege
 from banger.host.vmm_process import ProcessRef, kill_vmm
 from fakes.faults import Faults
+from patience import PATIENCE_S
 
 ROOT = Privilege(kind="root")
 NOBODY = Privilege(kind="none", missing="nobody may make a tap here")
@@ -128,7 +129,7 @@ class FakeHost:
                     where = Path(os.readlink(f"/proc/{word}/cwd"))
                     if where.is_relative_to(self._cgroups.parent):
                         signal.pidfd_send_signal(fd, signal.SIGKILL)
-                        select.select([fd], [], [], 10)
+                        select.select([fd], [], [], PATIENCE_S)
                 finally:
                     os.close(fd)
         remove_tree(cgroup)
@@ -155,7 +156,7 @@ class FakeHost:
         process = self.processes.get(status.id)
         if process is None:
             return status
-        return msgspec.structs.replace(status, pid=process.pid, start_time=process.start_time)
+        return msgspec.structs.replace(status, **msgspec.structs.asdict(process))
 
     async def aclose(self) -> None:
         """The helper ends; the leases stay."""

@@ -30,6 +30,7 @@ from banger.rpc.operations import Operations
 from banger.rpc.server import Server
 from banger.vmm.probe import Verdict
 from fakes.world import World
+from patience import PATIENCE_S
 
 T = TypeVar("T")
 
@@ -37,7 +38,6 @@ VERDICT = Verdict(
     driver="firecracker", accel="kvm", kvm_usable=True, kvm_kind="works", evidence=(),
     problems=(), firecracker=None, qemu=None, vhost_vsock=False, tsc_khz=None,
 )  # fmt: skip
-_DEADLINE_S = 20.0
 
 
 def use_fakes(patch: pytest.MonkeyPatch, world: World) -> None:
@@ -77,7 +77,7 @@ class Incarnation:
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="daemon")
         self._thread.start()
-        self._ready.result(_DEADLINE_S)
+        self._ready.result(PATIENCE_S)
 
     def _live(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -129,7 +129,7 @@ class Incarnation:
         self.killed = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         # A loop that is blocked in a call of ours freezes when that returns.
-        self._frozen.wait(_DEADLINE_S)
+        self._frozen.wait(PATIENCE_S)
         for sock in (self.server._socket, *self.server.connections):
             if sock is not None:
                 with contextlib.suppress(OSError):
@@ -237,11 +237,11 @@ async def _end_all() -> None:
 def wait_until(condition: Callable[[], object], describe: Callable[[], str] = lambda: "") -> None:
     """Until something that another thread does is seen; AssertionError after some seconds."""
     pause = threading.Event()
-    for _ in range(int(_DEADLINE_S / 0.002)):
+    for _ in range(int(PATIENCE_S / 0.002)):
         if condition():
             return
         pause.wait(0.002)
-    raise AssertionError(f"it did not happen within {_DEADLINE_S:g} s: {describe()}")
+    raise AssertionError(f"it did not happen within {PATIENCE_S:g} s: {describe()}")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from oci_kit import MANIFEST_TYPE, Image, sha256
+from patience import PATIENCE_S
 
 TOKEN = "t0ken-of-the-fake"
 
@@ -203,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(rest[: len(rest) // 2])
             self.wfile.flush()
             r.holding.set()
-            r.hold.wait(30)
+            r.hold.wait(PATIENCE_S)
             rest = rest[len(rest) // 2 :]
         try:
             self.wfile.write(rest if r.cut_after is None else rest[: r.cut_after])

@@ -20,6 +20,8 @@ def main() -> int:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(document["socket"])
     machine = document.get("machine_pid")
+    if "give_up_within_s" in document:
+        stream._GIVE_UP_WITHIN_S = document["give_up_within_s"]
     process = stream.GuestProcess(
         argv=tuple(document["argv"]),
         token="a" * 64,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from banger.rpc.frames import FrameDecoder, FrameType, encode
 from fakes.agent import TOKEN, Agent
+from patience import PATIENCE_S
 
 
 class Talk:
@@ -20,7 +21,7 @@ class Talk:
     def __init__(self, agent: Agent, method: str, **params: Any) -> None:
         self.sock = agent.connect()
         self.opened.append(self.sock)
-        self.sock.settimeout(15)
+        self.sock.settimeout(PATIENCE_S)
         self._decoder = FrameDecoder()
         self._seen: list[tuple[FrameType, bytes]] = []
         request = {"version": 1, "method": method, "params": params, "token": TOKEN}

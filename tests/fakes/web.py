@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 
 @dataclass
 class Web:
@@ -59,7 +61,7 @@ class Web:
             request.wfile.write(data[: len(data) // 2])
             request.wfile.flush()
             self.holding.set()
-            self.hold.wait(30)
+            self.hold.wait(PATIENCE_S)
             data = data[len(data) // 2 :]
         with contextlib.suppress(OSError):  # whoever was held may have gone
             request.wfile.write(data[: self.cut_after])

@@ -6,10 +6,13 @@ import ctypes
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from patience import PATIENCE_S
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,6 +56,19 @@ def run(command: str) -> str:
 def ip(command: str) -> Any:
     """`ip -j -d …` decoded."""
     return json.loads(run(f"ip -j -d {command}") or "[]")
+
+
+def wait_for_carrier(*links: str, inside: str = "") -> None:
+    """Until links that are up let frames through; before that the kernel drops them unseen.
+
+    A worker of the kernel notices the carrier, when it comes to that (net/core/link_watch.c).
+    `inside`: the command that leads into the namespace of the links.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    for name in links:
+        while json.loads(run(f"{inside} ip -j link show dev {name}"))[0]["operstate"] != "UP":
+            assert time.monotonic() < deadline, f"{name} has no carrier"
+            os.sched_yield()
 
 
 def elements() -> dict[str, list[Any]]:

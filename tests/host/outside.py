@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from banger_root.validate import LeasePlan
-from host.namespace import run
+from host.namespace import run, wait_for_carrier
 
 _PUMP = Path(__file__).with_name("tap_pump.py")
 WORLD = "198.51.100.9"
@@ -20,7 +20,7 @@ _PING = """
 import socket, sys, time
 s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 s.settimeout(0.2)
-deadline = time.monotonic() + 15
+deadline = time.monotonic() + 120
 while time.monotonic() < deadline:
     try:
         s.sendto(bytes((8, 0, 0xf7, 0xff, 0, 0, 0, 0)), (sys.argv[1], 0))
@@ -46,8 +46,13 @@ class Peer:
         self.pid = self._holder.pid
         self._children: list[subprocess.Popen[str]] = []
 
+    @property
+    def inside(self) -> str:
+        """The beginning of a command that runs in the namespace."""
+        return f"nsenter --net=/proc/{self.pid}/ns/net"
+
     def run(self, command: str) -> str:
-        return run(f"nsenter --net=/proc/{self.pid}/ns/net {command}")
+        return run(f"{self.inside} {command}")
 
     def python(self, code: str, *words: str) -> subprocess.Popen[str]:
         """Run a program in the namespace, its streams piped; it is ended with the namespace."""
@@ -81,6 +86,8 @@ class World(Peer):
         run(f"ip route add default via {WORLD} dev lan0")
         self.run(f"ip address add {WORLD}/24 dev w0")
         self.run("ip link set w0 up")
+        wait_for_carrier("lan0")
+        wait_for_carrier("w0", inside=self.inside)
 
     def close(self) -> None:
         # First: a namespace takes its links along when it ends, a little later.

@@ -25,6 +25,7 @@ import pytest
 from banger_root import cgroup, jail, paths, trust, validate
 from banger_root.ledger import Ledger
 from host.namespace import census
+from patience import PATIENCE_S
 
 OWNER = 12345
 SOURCE = Path(__file__).resolve().parents[2] / "src/banger_root"
@@ -37,7 +38,7 @@ class Peer:
 
     def __init__(self, path: Path, *, uid: int) -> None:
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.connection.settimeout(60)
+        self.connection.settimeout(PATIENCE_S)
         try:
             with paths.as_owner(uid):
                 self.connection.connect(str(path))
@@ -121,7 +122,7 @@ class Served:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
             place = self.root / f"notify-{secrets.token_hex(4)}"
             told.bind(str(place))
-            told.settimeout(60)
+            told.settimeout(PATIENCE_S)
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
                     self.argv,
@@ -137,7 +138,7 @@ class Served:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=PATIENCE_S)
         self.process = None
         return status
 
@@ -282,7 +283,7 @@ def wait_gone(pid: int, start_time: int) -> None:
             return
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        assert poll.poll(60_000), f"pid {pid} is still there"
+        assert poll.poll(PATIENCE_S * 1000), f"pid {pid} is still there"
     finally:
         os.close(fd)
 

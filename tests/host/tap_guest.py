@@ -10,11 +10,12 @@ import struct
 import time
 from ipaddress import IPv4Address
 
+from patience import PATIENCE_S
+
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 _TUNSETIFF = 0x400454CA
 _FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _VNET_HDR = bytes(10)
-_DEADLINE_S = 15.0
 _AGAIN_S = 0.5
 
 
@@ -54,7 +55,7 @@ class TapGuest:
         """
         self._sequence += 1
         arrived: list[bytes] = []
-        deadline = time.monotonic() + _DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         ping = self.echo_request(self.gateway, self.gateway_mac, sequence=self._sequence)
         self.send(ping)
         while True:

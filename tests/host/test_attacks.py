@@ -38,8 +38,9 @@ from host.served import (
     wait_gone,
     world,
 )
+from patience import PATIENCE_S
 
-pytestmark = [pytest.mark.host, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.host
 
 WRITABLE = ("initrd", "overlay", "work", "console")
 READABLE = ("kernel", "image", "modules")
@@ -530,7 +531,7 @@ def all_at_once(calls: list[Callable[[], Any]]) -> list[Any]:
     results: list[Any] = [None] * len(calls)
 
     def go(number: int) -> None:
-        start.wait(60)
+        start.wait(PATIENCE_S)
         results[number] = calls[number]()
 
     threads = [threading.Thread(target=go, args=(n,)) for n in range(len(calls))]

@@ -19,6 +19,7 @@ import pytest
 from banger_root import cgroup
 from host.conftest import build_params
 from host.namespace import census, elements
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.host
 
@@ -69,7 +70,7 @@ def running(ledger: Path, *program: str, uid: int = 0) -> Iterator[Line]:
         yield line
     finally:
         line.close()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def cgroup_of(vm_id: str) -> Path | None:
@@ -147,7 +148,7 @@ def test_helper_ends_when_its_peer_closes(namespace: None, tmp_path: Path) -> No
     with running(tmp_path / "leases") as line:
         line.call("status")
         line.close()
-        assert line.process.wait(timeout=10) == 0
+        assert line.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_each_call_writes_one_log_line(namespace: None, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_each_call_writes_one_log_line(namespace: None, tmp_path: Path) -> None:
         line.call("release", id=params["vm_id"])
         line.call("release", id="nonsense")
         line.close()
-        _, log = line.process.communicate(timeout=10)
+        _, log = line.process.communicate(timeout=PATIENCE_S)
     lines = [json.loads(text) for text in log.splitlines()]
     assert [(r["op_id"], r["method"], r["lease"], r["result"]) for r in lines] == [
         ("op-00beef", "prepare", params["vm_id"], "ok"),
@@ -207,7 +208,7 @@ def test_ledger_that_others_could_write_is_refused(
             os.chown(ledger, 65534, 65534)
     with running(ledger) as line:
         assert str(ledger) in line.answer()["error"]["message"]
-        assert line.process.wait(timeout=10) == 1
+        assert line.process.wait(timeout=PATIENCE_S) == 1
 
 
 def test_damaged_ledger_file_is_named_and_the_others_work(namespace: None, tmp_path: Path) -> None:

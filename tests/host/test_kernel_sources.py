@@ -29,7 +29,7 @@ from banger.kernel.sources import find_source_package, read_version, unpack_sour
 
 pytestmark = [
     pytest.mark.host,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(shutil.which("apt-cache") is None, reason="this host has no apt"),
     pytest.mark.skipif(
         bool(find_missing_tools(BUILD_TOOLS)),

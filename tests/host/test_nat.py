@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
@@ -15,6 +16,7 @@ from host.namespace import elements, ip, run
 from host.outside import UPLINK, WORLD, StackGuest, World, line_of
 from host.tap_guest import Listener, TapGuest, checksum, ethernet, ipv4
 from host.test_traffic import RST, SYN_ACK, answers, packets_from, start_guest
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.host
 
@@ -39,7 +41,7 @@ while True:
 CLIENT = """
 import socket, sys
 try:
-    s = socket.create_connection((sys.argv[1], 9000), timeout=60)
+    s = socket.create_connection((sys.argv[1], 9000), timeout=120)
     f = s.makefile("rwb", buffering=0)
     print(f.readline().decode().strip(), flush=True)
     for line in sys.stdin:
@@ -50,7 +52,7 @@ except OSError as e:
 """
 TRANSFER = """
 import socket, sys
-s = socket.create_connection((sys.argv[1], 9001), timeout=60)
+s = socket.create_connection((sys.argv[1], 9001), timeout=120)
 size = 10 << 20
 s.sendall(bytes(size))
 got = 0
@@ -94,12 +96,26 @@ def echo_replies(frames: list[bytes]) -> int:
     )
 
 
-def ping(guest: TapGuest) -> int:
-    """How often the world answers to one ping."""
+def is_answered(guest: TapGuest) -> bool:
+    """Whether the world answers to one ping. It may take its time: softirqs wait on a busy host."""
+    _ask_the_world(guest)
+    deadline = time.monotonic() + PATIENCE_S
+    while not echo_replies(_settle_all(guest)):
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def stays_unanswered(guest: TapGuest) -> bool:
+    """Whether no answer of the world comes to one ping, as far as one can wait for what is not to
+    come: both answers would come the same way, so the gateway's second one is behind it."""
+    _ask_the_world(guest)
+    return not any(echo_replies(_settle_all(guest)) for _ in range(2))
+
+
+def _ask_the_world(guest: TapGuest) -> None:
     guest.settle()
     guest.send(guest.echo_request(WORLD, BRIDGE_MAC, sequence=77))
-    # Both answers come the same way, so the world's is there when the gateway's second one is.
-    return sum(echo_replies(_settle_all(guest)) for _ in range(2))
 
 
 def _settle_all(guest: TapGuest) -> list[bytes]:
@@ -127,7 +143,7 @@ def test_guest_without_nat_is_refused_at_once_and_nothing_leaves(
     plan = prepared(2)
     with closing(StackGuest(plan, plan.own_tap)) as guest:
         client = guest.python(CLIENT, WORLD)
-        # No answer within the client's own minute would be TimeoutError.
+        # No answer within the client's own two minutes would be TimeoutError.
         assert line_of(client.stdout) == "OSError 113"
     assert packets_from(uplink.frames(), str(plan.address)) == 0
 
@@ -163,7 +179,7 @@ def test_kernel_forgets_the_connections_of_a_guest_without_nat(
     plans = [prepared(n, nat=True) for n in (2, 3)]
     for plan in plans:
         with closing(start_guest(plan)) as guest:
-            assert ping(guest) == 1
+            assert is_answered(guest)
 
     def known() -> set[str]:
         with pyroute2.NFCTSocket() as judge:
@@ -183,19 +199,19 @@ def test_kernel_forgets_the_connections_of_a_guest_without_nat(
 def test_nat_changes_live_and_back(leases: Leases, prepared: Prepared, world: World) -> None:
     plan = prepared(2)
     with closing(start_guest(plan)) as guest:
-        assert ping(guest) == 0
+        assert stays_unanswered(guest)
         assert leases.prepare(build_plan(2, vm_id=plan.vm_id, nat=True))["tap"] == plan.own_tap
-        assert ping(guest) == 1
+        assert is_answered(guest)
         leases.prepare(build_plan(2, vm_id=plan.vm_id))
-        assert ping(guest) == 0
+        assert stays_unanswered(guest)
         assert elements()["nat_taps"] == elements()["nat_addresses"] == []
 
 
 def test_nat_of_one_guest_is_not_the_others(prepared: Prepared, world: World) -> None:
     plans = prepared(2, nat=True), prepared(3)
     with closing(start_guest(plans[0])) as one, closing(start_guest(plans[1])) as other:
-        assert ping(one) == 1
-        assert ping(other) == 0
+        assert is_answered(one)
+        assert stays_unanswered(other)
 
 
 def test_first_nat_lease_lets_this_host_forward_and_others_do_not(
@@ -224,14 +240,14 @@ def test_link_local_addresses_are_never_routed_for_a_guest(
         guest.settle()
         reached = {f[30:34] for f in uplink.frames() if f[12:14] == b"\x08\x00"}
         assert reached & {socket.inet_aton(target) for target in targets} == set()
-        assert ping(guest) == int(nat)
+        assert is_answered(guest) if nat else stays_unanswered(guest)
 
 
 def test_packet_that_cannot_be_translated_does_not_leave_as_it_is(
     prepared: Prepared, world: World, uplink: Listener
 ) -> None:
     with closing(start_guest(prepared(2, nat=True))) as guest:
-        assert ping(guest) == 1
+        assert is_answered(guest)
         # An answer to a question that nobody asked: conntrack calls it invalid.
         body = b"\x00\x00" + bytes(2) + b"\x00\x09\x00\x01banger--"
         body = body[:2] + checksum(body).to_bytes(2, "big") + body[4:]
@@ -244,7 +260,7 @@ def test_packet_that_cannot_be_translated_does_not_leave_as_it_is(
 def test_forged_source_gets_no_nat(prepared: Prepared, world: World, uplink: Listener) -> None:
     prepared(3, nat=True)
     with closing(start_guest(prepared(2, nat=True))) as guest:
-        assert ping(guest) == 1
+        assert is_answered(guest)
         uplink.frames()
         for source in ("172.31.0.3", "172.31.0.9", "8.8.8.8"):
             guest.send(guest.echo_request(WORLD, BRIDGE_MAC, source=source))
@@ -284,7 +300,7 @@ def test_nat_opens_no_port_of_this_host(prepared: Prepared, world: World) -> Non
 def test_nobody_outside_reaches_a_guest_with_nat(prepared: Prepared, world: World) -> None:
     world.run(f"ip route add 172.31.0.0/24 via {UPLINK}")
     with closing(start_guest(prepared(2, nat=True))) as guest:
-        assert ping(guest) == 1
+        assert is_answered(guest)
         guest.frames()
         knock = world.python(
             "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
@@ -294,7 +310,6 @@ def test_nobody_outside_reaches_a_guest_with_nat(prepared: Prepared, world: Worl
         assert packets_from(_settle_all(guest), WORLD) == 0
 
 
-@pytest.mark.timeout(90)
 def test_ten_mebibytes_pass_an_uplink_with_a_small_mtu(prepared: Prepared, namespace: None) -> None:
     with closing(World(mtu=1280)) as world:
         sink = world.python(SINK)
@@ -312,9 +327,9 @@ def test_guest_host_ports_are_open_and_no_other(prepared: Prepared) -> None:
         closing(socket.create_server(("172.31.0.1", 8081))),
     ):
         guest.settle()
-        for port, count in ((8080, 1), (8081, 0)):
+        for port, heard in ((8080, True), (8081, False)):
             guest.send(guest.syn("172.31.0.1", port))
-            assert answers(guest.settle(), SYN_ACK) == count
+            assert bool(answers(guest.settle(), SYN_ACK)) is heard
 
 
 @pytest.mark.parametrize("flush", ["nft flush ruleset", "nft flush table bridge banger"])
@@ -323,12 +338,12 @@ def test_flushed_rules_come_back_with_the_next_sweep(
 ) -> None:
     before = prepared(2, nat=True)
     with closing(start_guest(before)) as guest:
-        assert ping(guest) == 1
+        assert is_answered(guest)
         known = elements()
         run(flush)
         leases.sweep()
         assert elements() == known
-        assert ping(guest) == 1
+        assert is_answered(guest)
         # The rules as well, not only the elements.
         uplink.frames()
         guest.send(guest.echo_request(WORLD, BRIDGE_MAC, source="172.31.0.9"))

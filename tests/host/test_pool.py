@@ -146,16 +146,19 @@ def test_guest_on_a_pooled_tap_cannot_forge(pooled: Leases) -> None:
     tap = pooled.prepare(build_plan(2, nat=True))["tap"]
     with closing(guest_on(tap, 2)) as guest, closing(Listener("br-fc-t1")) as bridge:
         guest.settle()
-        guest.send(guest.echo_request(guest.gateway, BRIDGE_MAC, source="172.31.0.9"))
-        guest.send(guest.echo_request(guest.gateway, BRIDGE_MAC, source_mac="06:00:ac:1f:00:09"))
-        forged = arp(1, guest.mac, "172.31.0.9", BROADCAST, guest.gateway)
-        guest.send(forged)
+        forged = [
+            guest.echo_request(guest.gateway, BRIDGE_MAC, source="172.31.0.9"),
+            guest.echo_request(guest.gateway, BRIDGE_MAC, source_mac="06:00:ac:1f:00:09"),
+            arp(1, guest.mac, "172.31.0.9", BROADCAST, guest.gateway),
+        ]
         bridge.frames()
+        for frame in forged:
+            guest.send(frame)
         guest.settle()
         heard = bridge.frames()
         assert packets_from(heard, "172.31.0.9") == 0
-        assert forged not in heard
-        assert packets_from(heard, guest.address) == 1
+        assert [frame for frame in forged if frame in heard] == []
+        assert packets_from(heard, guest.address) >= 1
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from banger_root.errors import HelperError
 from host.conftest import build_params
 from host.namespace import own_namespace
 from host.served import OWNER, Served, serving
+from patience import PATIENCE_S
 
-pytestmark = [pytest.mark.host, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def served(site: Served) -> Iterator[Served]:
 
 def start_and_fail(served: Served) -> str:
     """Start a second helper; its last words."""
-    done = subprocess.run(served.argv, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(served.argv, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     message = json.loads(done.stderr.splitlines()[-1])["message"]
     assert isinstance(message, str)
@@ -130,7 +131,7 @@ def test_helper_from_a_file_that_others_can_write_does_not_serve(served: Served)
 def test_helper_that_is_not_root_does_not_serve(served: Served) -> None:
     # Its ledger is not even looked at.
     done = subprocess.run(
-        served.argv, capture_output=True, text=True, user=OWNER, group=OWNER, timeout=60
+        served.argv, capture_output=True, text=True, user=OWNER, group=OWNER, timeout=PATIENCE_S
     )
     assert done.returncode == 1
     assert "as root only" in done.stderr
@@ -186,7 +187,9 @@ def test_child_that_is_killed_ends_one_call_only(served: Served) -> None:
         os.kill(int(child), signal.SIGKILL)
         assert peer.answer() is None
     assert "result" in served.call("status")
-    assert not Path(f"/proc/{child}").exists()
+    # Its socket is closed before it has ended, and its end is noted a little later.
+    while child in children.read_text().split():
+        os.sched_yield()
 
 
 def test_termination_lets_the_call_under_way_finish(served: Served) -> None:
@@ -209,7 +212,7 @@ def test_termination_lets_the_call_under_way_finish(served: Served) -> None:
                 served.call("status")
         assert busy.answer()["result"]["id"] == params["vm_id"]
         assert busy.answer() is None
-    assert served.process.wait(timeout=60) == 0
+    assert served.process.wait(timeout=PATIENCE_S) == 0
     assert not served.socket.exists()
     served.start()
     (lease,) = served.call("status")["result"]["leases"]
@@ -226,7 +229,7 @@ def wait_for(path: Path) -> None:
 def test_service_manager_is_told_of_readiness_and_of_the_end(served: Served) -> None:
     served.stop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.settimeout(60)
+        told.settimeout(PATIENCE_S)
         # The name begins with a NUL byte: an abstract address, as systemd also gives them.
         told.bind(f"\0banger-test-{os.getpid()}")
         with served.log.open("ab") as log:
@@ -238,7 +241,7 @@ def test_service_manager_is_told_of_readiness_and_of_the_end(served: Served) -> 
         assert told.recv(100) == b"READY=1"
         process.send_signal(signal.SIGTERM)
         assert told.recv(100) == b"STOPPING=1"
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_idle_connection_is_closed_after_a_while(
@@ -318,10 +321,10 @@ def test_two_that_start_at_once_do_not_both_listen(served: Served) -> None:
         try:
             with service.listen(path, owner_uid=OWNER):
                 results.append("listens")
-                done.wait(60)
+                done.wait(PATIENCE_S)
         except HelperError as e:
             results.append(e.reason or "")
-            done.wait(60)
+            done.wait(PATIENCE_S)
 
     threads = [threading.Thread(target=start) for _ in range(2)]
     for thread in threads:

@@ -179,7 +179,7 @@ def test_lease_of_schema_1_can_be_released(leases: Leases, prepared: Prepared) -
     plan = prepared(2)
     path = Path(leases.ledger.directory, f"{plan.vm_id}.json")
     document = json.loads(path.read_text())
-    for name in ("tap", "scope", "pid", "start_time"):
+    for name in ("tap", "scope", "pid", "start_time", "boot_id"):
         del document[name]
     for name in ("nat", "guest_host_ports", "limits", "jail"):
         del document["plan"][name]
@@ -194,7 +194,6 @@ def test_lease_of_schema_1_can_be_released(leases: Leases, prepared: Prepared) -
     assert census()["links"] == ["lo"]
 
 
-@pytest.mark.timeout(60)
 def test_twenty_vms_created_and_deleted_leave_no_trace(namespace: None, tmp_path: Path) -> None:
     params = {"bridge": build_params(2)["bridge"], "size": 2}
     with running(tmp_path / "leases") as line:
@@ -224,8 +223,10 @@ def test_twenty_vms_created_and_deleted_leave_no_trace(namespace: None, tmp_path
             )
 
         def memory_kib() -> int:
-            text = Path(f"/proc/{line.process.pid}/status").read_text()
-            return int(text.partition("VmRSS:")[2].split()[0])
+            """What it has made itself. Pages of programs come and go with their use, and the
+            quick figures of /proc/PID/status are estimates (proc(5))."""
+            text = Path(f"/proc/{line.process.pid}/smaps_rollup").read_text()
+            return int(text.partition("Anonymous:")[2].split()[0])
 
         # The first ones fill caches and the allocator's arenas.
         cycle(3)

@@ -15,7 +15,7 @@ import pytest
 
 from banger_root.validate import LeasePlan
 from host.conftest import BRIDGE_MAC
-from host.namespace import ip, run
+from host.namespace import ip, run, wait_for_carrier
 from host.tap_guest import BROADCAST, Listener, TapGuest, arp, checksum, ethernet, ipv4
 
 pytestmark = pytest.mark.host
@@ -34,6 +34,8 @@ def start_guest(plan: LeasePlan) -> TapGuest:
 @pytest.fixture
 def guest(prepared: Prepared) -> Iterator[TapGuest]:
     with closing(start_guest(prepared(2))) as guest:
+        # Before the kernel has noticed that somebody has the tap, it drops what is sent.
+        guest.settle()
         yield guest
 
 
@@ -65,6 +67,7 @@ def uplink(namespace: None) -> Iterator[Listener]:
     run("ip link set lan0 up")
     run("ip link set lan1 up")
     run("ip address add 198.51.100.1/24 dev lan0")
+    wait_for_carrier("lan0", "lan1")
     run(f"ip neigh add {WORLD} lladdr {WORLD_MAC} dev lan0")
     with closing(Listener("lan1")) as listener:
         yield listener
@@ -86,7 +89,7 @@ def test_guest_reaches_the_announce_port(
 ) -> None:
     listening(GATEWAY, 7001)
     guest.send(guest.syn(GATEWAY, 7001))
-    assert answers(guest.settle(), SYN_ACK) == 1
+    assert answers(guest.settle(), SYN_ACK) >= 1
 
 
 def test_guest_reaches_no_other_port_of_the_host(
@@ -112,7 +115,8 @@ def test_host_can_open_a_connection_to_the_guest(guest: TapGuest) -> None:
         s.setblocking(False)
         with pytest.raises(BlockingIOError):
             s.connect((str(guest.address), 7000))
-        (syn,) = [f for f in guest.settle() if f[12:14] == b"\x08\x00" and f[23] == 6]
+        # The first of them: on a busy host there may be a second one already.
+        syn, *_ = [f for f in guest.settle() if f[12:14] == b"\x08\x00" and f[23] == 6]
         assert syn[36:38] == (7000).to_bytes(2, "big")
         # A guest that refuses is heard: the answer of an established flow passes the input hook.
         guest.send(_reset(guest, syn))
@@ -164,7 +168,7 @@ def test_forged_frame_is_dropped(guest: TapGuest, bridge_listener: Listener, wha
     guest.settle()
     heard = bridge_listener.frames()
     # The honest ping behind it was heard, from the same tap and on the same listener.
-    assert packets_from(heard, guest.address) == 1
+    assert packets_from(heard, guest.address) >= 1
     assert forged not in heard
 
 
@@ -190,8 +194,9 @@ def test_guest_cannot_move_another_guests_address_to_its_own_port(
 
 def test_tap_without_elements_is_mute(guest: TapGuest, bridge_listener: Listener) -> None:
     run("nft flush set bridge banger vm_ports")
-    guest.send(arp(1, guest.mac, guest.address, BROADCAST, GATEWAY))
-    assert bridge_listener.frames() == []
+    honest = arp(1, guest.mac, guest.address, BROADCAST, GATEWAY)
+    guest.send(honest)
+    assert honest not in bridge_listener.frames()
 
 
 @pytest.mark.parametrize(
@@ -236,8 +241,10 @@ def test_nothing_leaves_without_nat_even_where_the_host_forwards(
     # Without our forward chain the same packet does leave: the silence above was our doing.
     run("nft flush chain inet banger forward")
     guest.send(packet)
-    guest.settle()
-    assert packets_from(uplink.frames(), guest.address) == 1
+    heard = 0
+    while not heard:  # the test's own deadline ends it
+        guest.settle()
+        heard = packets_from(uplink.frames(), guest.address)
 
 
 def test_nothing_from_elsewhere_reaches_a_guest(guest: TapGuest, uplink: Listener) -> None:
@@ -250,7 +257,8 @@ def test_nothing_from_elsewhere_reaches_a_guest(guest: TapGuest, uplink: Listene
         assert packets_from(guest.settle(), WORLD) == 0
         run("nft flush chain inet banger forward")
         world.send(ethernet(mac, WORLD_MAC, 0x0800, packet))
-        assert packets_from(guest.settle(), WORLD) == 1
+        while not packets_from(guest.settle(), WORLD):  # the test's own deadline ends it
+            pass
 
 
 def test_guest_of_one_bridge_does_not_reach_a_guest_of_another(
@@ -265,9 +273,10 @@ def test_guest_of_one_bridge_does_not_reach_a_guest_of_another(
         assert packets_from(other.frames(), guest.address) == 0
 
 
-def test_no_frame_appears_on_its_own(guest: TapGuest) -> None:
+def test_no_frame_appears_on_its_own(prepared: Prepared) -> None:
     """No neighbour or router discovery, no reports: IPv6 is off on bridge and tap."""
-    assert [f for f in guest.settle() if f[12:14] == b"\x86\xdd"] == []
+    with closing(start_guest(prepared(2))) as guest:
+        assert [f for f in guest.settle() if f[12:14] == b"\x86\xdd"] == []
 
 
 def _mac_of(link: str) -> str:

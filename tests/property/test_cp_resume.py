@@ -31,7 +31,7 @@ _EXAMPLES = settings(
 )  # fmt: skip
 _LARGE = 64 << 10
 _CHATTER = 256 << 10  # what one attempt says without a byte of content, and what is on its way
-pytestmark = pytest.mark.timeout(120 * SOAK)
+pytestmark = pytest.mark.timeout(600 * SOAK)
 
 
 @pytest.fixture(scope="module")

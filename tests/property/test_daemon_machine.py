@@ -561,7 +561,7 @@ class _Call:
         return self._ask(kind)
 
 
-@pytest.mark.timeout(3600 if _SOAK else 120)
+@pytest.mark.timeout(3600 if _SOAK else 600)
 def test_daemon_keeps_its_word_whatever_happens() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bd"))
     try:

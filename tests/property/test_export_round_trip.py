@@ -42,7 +42,7 @@ _EXAMPLES = settings(
     print_blob=True,
 )
 _MODES = st.sampled_from(["shallow_overlay", "metadata_only", "full_copy"])
-pytestmark = pytest.mark.timeout(300 * SOAK)
+pytestmark = pytest.mark.timeout(600 * SOAK)
 
 
 class Case:

@@ -49,7 +49,7 @@ def _edited(content: bytes, what: str, seed: int) -> bytes:
             return number.randbytes(number.choice([0, 1, _LARGE, 200_000]))
 
 
-@pytest.mark.timeout(120 * SOAK)
+@pytest.mark.timeout(600 * SOAK)
 @settings(max_examples=25 * SOAK, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     files=st.dictionaries(

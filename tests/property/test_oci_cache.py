@@ -17,8 +17,6 @@ from banger.disk.background import Job
 from banger.oci.blobs import BlobStore
 from banger.oci.eviction import evict
 
-pytestmark = pytest.mark.timeout(120)
-
 CONTENTS = [b"", b"a", b"b" * 10, b"c" * 100, b"d" * 100, b"e" * 1000]
 BLOBS = {hashlib.sha256(c).hexdigest(): c for c in CONTENTS}
 NAMES = st.sampled_from(sorted(BLOBS))

@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("umoci") is None, reason="umoci is not installed"),
     pytest.mark.skipif(shutil.which("unsquashfs") is None, reason="squashfs-tools is missing"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to unpack owners and devices"),
-    pytest.mark.timeout(120),
 ]
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")

@@ -122,3 +122,9 @@ def test_a_bare_word_may_be_the_name_of_an_image() -> None:
     assert not is_explicit("debian-bookworm")
     assert is_explicit("debian:bookworm")
     assert is_explicit("team/app")
+
+
+@pytest.mark.parametrize("path", ["./app.tar", "../app", "/srv/app.tar", "~/app.tar"])
+def test_a_path_alone_is_told_what_it_lacks(path: str) -> None:
+    with pytest.raises(BangerError, match="a path needs docker-archive:"):
+        parse_reference(path)

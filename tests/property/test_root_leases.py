@@ -7,7 +7,6 @@ import secrets
 import tempfile
 from ipaddress import IPv4Address
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,8 +16,6 @@ from banger_root.leases import Leases
 from banger_root.ledger import Ledger
 from banger_root.validate import Bridge, LeasePlan, PoolPlan
 from property.fake_kernel import FakeKernel, Killed, banger_elements
-
-pytestmark = pytest.mark.timeout(120)
 
 BRIDGE = Bridge(name="br-fc-p", address=IPv4Address("172.29.0.1"), prefix=24)
 # Not root's: so it makes no cgroups, which are not what is looked at here.

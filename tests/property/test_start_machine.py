@@ -8,6 +8,7 @@ nothing. The run is bounded and derandomised: the same code gives the same walks
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -35,6 +36,7 @@ from banger.vm.handles import find_handles
 from banger.vm.stop import delete, kill, stop
 from fakes.driver import Boot
 from fakes.world import EMPTY, World, make_templates
+from patience import PATIENCE_S
 
 _POINTS = (
     "host.prepare",
@@ -159,7 +161,7 @@ class Lives(RuleBasedStateMachine):
         self.world.driver.power_off(vm_id)
 
         async def noticed() -> None:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while (vm := self._find(vm_id)) is not None and vm.state == "running":
                     await asyncio.sleep(0.001)
 
@@ -182,6 +184,9 @@ class Lives(RuleBasedStateMachine):
             waiting = asyncio.ensure_future(reached.wait())
             await asyncio.wait({creating, waiting}, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
+            if creating.done():
+                with contextlib.suppress(BangerError):
+                    await creating
             await self.world.crash()
 
         self._do(go())
@@ -199,7 +204,10 @@ class Lives(RuleBasedStateMachine):
             await asyncio.wait({creating, waiting}, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
             creating.cancel()
-            await asyncio.gather(creating, return_exceptions=True)
+            # A refusal is fine. What else it may raise is not: not least the end of the test's own
+            # time, which comes in the middle of anything and would leave something half done.
+            with contextlib.suppress(asyncio.CancelledError, BangerError):
+                await creating
 
         self._do(go())
         assert self.world.census() == before
@@ -236,7 +244,6 @@ class Lives(RuleBasedStateMachine):
             self.runner.close()
 
 
-@pytest.mark.timeout(300)
 def test_whatever_happens_rows_leases_and_machines_agree() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bt"))
     try:

@@ -26,7 +26,7 @@ from workspace_steps import SOAK, Step, apply_step, steps
 _KINDS = ("write", "write", "link", "remove", "chmod", "stage", "stage_all", "unstage")
 
 
-@pytest.mark.timeout(120 * SOAK)
+@pytest.mark.timeout(600 * SOAK)
 @settings(max_examples=25 * SOAK, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     commits=st.lists(steps(_KINDS, 6), min_size=1, max_size=3),

@@ -7,6 +7,7 @@ numbered, so that a VM that was started anew is no difference. Standard library 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -132,15 +133,38 @@ def rows() -> Iterator[str]:
     """VMs in the database, from a copy: reading it in place would make files of root's there."""
     if not (STATE / "banger.db").is_file():
         return
-    with tempfile.TemporaryDirectory() as directory:
-        for path in STATE.glob("banger.db*"):
+    copied = None
+    while copied is None:
+        with tempfile.TemporaryDirectory() as directory:
+            copied = _read_copy(Path(directory))
+    yield from (f"row {vm_id}" for vm_id in copied)
+
+
+def _read_copy(directory: Path) -> list[str] | None:
+    """The ids of all VMs; None when the daemon wrote while the files were copied: a database with
+    the log of another moment is a damaged one."""
+    before = _database_files()
+    try:
+        for path in before:
             shutil.copy(path, directory)
-        connection = sqlite3.connect(Path(directory) / "banger.db")
-        try:
-            for (vm_id,) in connection.execute("SELECT id FROM vms"):
-                yield f"row {vm_id}"
-        finally:
-            connection.close()
+    except FileNotFoundError:
+        return None
+    if _database_files() != before:
+        return None
+    connection = sqlite3.connect(directory / "banger.db")
+    try:
+        return [vm_id for (vm_id,) in connection.execute("SELECT id FROM vms")]
+    finally:
+        connection.close()
+
+
+def _database_files() -> dict[Path, tuple[int, int, int]]:
+    found = {}
+    for path in STATE.glob("banger.db*"):
+        with contextlib.suppress(FileNotFoundError):
+            st = path.stat()
+            found[path] = (st.st_ino, st.st_size, st.st_mtime_ns)
+    return found
 
 
 def take_census() -> Counter[str]:
@@ -159,7 +183,7 @@ def take_census() -> Counter[str]:
     return Counter(line for part in parts for line in part)
 
 
-def dns_address(name: str, timeout_s: float = 20) -> str | None:
+def dns_address(name: str, timeout_s: float = 120) -> str | None:
     """What banger's own server answers for `<name>.vm` (RFC 1035 §4): an address, or None.
 
     Raises:

@@ -49,6 +49,9 @@ def build_payload(directory: Path) -> Path:
         [PYTHON, "-m", "hatchling", "build", "-t", "wheel", "-d", tree / "wheels"],
         log="smoke-wheel",
     )
+    # Of the host's Python version and compiled: its own pip is an archive, compiled at every call.
+    pip = subprocess.check_output([PYTHON, "-c", "import pip; print(*pip.__path__)"], text=True)
+    shutil.copytree(pip.strip(), tree / "pip" / "pip")
     (tree / "config.toml").write_text(_CONFIG)
     shutil.copy(HERE / "inside.sh", tree / "inside.sh")
     inside = tree / "tests" / "smoke"

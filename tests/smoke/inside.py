@@ -20,7 +20,7 @@ from tests.smoke.registry import Scenario, Skipped, choose
 
 MARKER = Path("/etc/banger/smoke-host")
 # What ends asynchronously (a scope, a socket's last reference) has this long to be gone.
-_SETTLE_S = 45
+_SETTLE_S = 180
 
 
 def main() -> int:

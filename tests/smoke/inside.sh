@@ -20,9 +20,8 @@ venv=/home/dev/.venv
 install_banger() {
     step "installing the wheel"
     as_owner python3 -m venv --without-pip "$venv"
-    # The distribution's own pip, from outside: putting one into the environment takes as long as a boot.
-    pip=(/usr/share/python-wheels/pip-*.whl)
-    as_owner python3 "${pip[0]}/pip" --python "$venv/bin/python" --disable-pip-version-check \
+    # A pip from outside: putting one into the environment takes as long as a boot.
+    as_owner PYTHONPATH=/payload/pip python3 -m pip --python "$venv/bin/python" --disable-pip-version-check \
         install --quiet --no-index --no-compile --find-links /payload/wheels banger-vm
 
     step "placing kernel, image and firecracker"

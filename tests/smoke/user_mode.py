@@ -6,12 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.smoke.calls import Caller, banger, host
+from tests.smoke.calls import Caller, banger, host, wait_until
 
 ROOT = Path("/var/lib/smoke-user")
 STATE = ROOT / "state" / "banger"
 CONFIG = ROOT / "config" / "banger" / "config.toml"
 BRIDGE = "br-fc-user"
+
+
+def stop_daemon(user: Caller) -> None:
+    """Let it end in order. It refuses while it is busy with what a client has left."""
+    wait_until(lambda: user.done("daemon", "stop").status == 0, "the daemon to be idle and end")
 
 
 @contextlib.contextmanager
@@ -38,6 +43,6 @@ def user_mode(**extra: str) -> Iterator[Caller]:
     try:
         yield user
     finally:
-        user.done("daemon", "stop")
+        stop_daemon(user)
         host("ip", "link", "delete", BRIDGE, status=None)
         host("rm", "-rf", str(ROOT))

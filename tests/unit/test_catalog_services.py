@@ -61,6 +61,7 @@ from fakes.publishing import (
     needs_tools,
 )
 from fakes.web import serving
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -208,7 +209,7 @@ async def test_a_cancelled_pull_ends_at_once_and_leaves_nothing(place: Place) ->
     pull = pull_published(place.daemon.paths, source, entry, name="mine", reporter=Silent())
     task = asyncio.create_task(pull)
     try:
-        assert await asyncio.to_thread(place.web.holding.wait, 15)
+        assert await asyncio.to_thread(place.web.holding.wait, PATIENCE_S)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

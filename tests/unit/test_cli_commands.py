@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from banger.rpc.server import Call
 from fakes.agent import ROOT, TOKEN, WAITING, Agent, running_agent
 from fakes.command_line import CommandLine
 from fakes.daemon import FakeDaemon, running_daemon
+from patience import PATIENCE_S
 
 VM = VmRecord(
     id="0" * 32,
@@ -43,6 +46,12 @@ VM = VmRecord(
     network="bridge",
     created_at="2026-01-02T03:04:05.678Z",
 )
+
+
+IMAGE = ImageRecord(
+    id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
+    rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
+)  # fmt: skip
 
 
 def named(name: str, **changes: Any) -> VmRecord:
@@ -103,12 +112,13 @@ def test_prune_says_what_goes_what_stays_and_the_limit(
     assert json.loads(cli(*words, "--json").out)["limit_bytes"] == 10 << 30
 
 
-def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
-    good = ImageRecord(
-        id="1" * 32, name="good", distro="debian", arch="amd64", kernel_ref="k",
-        rootfs_path="/i/rootfs.sqfs", rootfs_sha256="0" * 64, rootfs_bytes=1, managed=True,
-    )  # fmt: skip
+def test_export_where_no_file_can_be_made_is_told_in_words(cli: CommandLine, serve: Serve) -> None:
+    serve(image__export=missing)
+    done = cli("image", "export", "web", "--output", "/dev/null")
+    assert (done.status, done.err) == (1, "banger: writing to /dev/null: Not a directory\n")
 
+
+def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve: Serve) -> None:
     def verify(params: p.NameRef) -> ImageRecord:
         if params.name == "bad":
             raise BangerError(
@@ -117,7 +127,7 @@ def test_verify_goes_on_behind_a_damaged_image_and_fails(cli: CommandLine, serve
                 hint="banger image delete bad",
                 reason="files_changed",
             )
-        return good
+        return IMAGE
 
     serve(image__verify=verify)
     done = cli("image", "verify", "bad", "good")
@@ -218,7 +228,7 @@ def test_logs_are_bytes_as_they_come(serve: Serve) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "banger.cli.entry", "vm", "logs", "web"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True, timeout=15,
+        capture_output=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"one\n\xff two\n", b"")
 
@@ -239,6 +249,15 @@ def test_error_of_the_daemon_is_shown_with_its_operation_and_hint(
     first, hint = done.err.splitlines()
     assert first.startswith("banger: not found: there is no VM 'wbe' (op-")
     assert hint == "hint: banger vm list"
+
+
+def test_next_command_has_the_name_of_the_vm(cli: CommandLine, serve: Serve) -> None:
+    def fail(_: Any) -> None:
+        raise BangerError("operation_failed", "no agent", hint="banger vm logs VM; then VMs")
+
+    serve(vm__health=fail, image__show=fail)
+    assert cli("vm", "health", "web").err.endswith("\nhint: banger vm logs web; then VMs\n")
+    assert cli("image", "show", "web").err.endswith("\nhint: banger vm logs VM; then VMs\n")
 
 
 def test_error_is_json_where_json_was_asked_for(cli: CommandLine, serve: Serve) -> None:
@@ -291,6 +310,99 @@ def test_stop_of_several_goes_on_after_a_failure_in_the_order_given(
     assert done.err.count("there is no VM") == 1
     assert sorted(params.vm for _, params in daemon.asked) == ["a", "b", "wbe"]
     assert {params.timeout_s for _, params in daemon.asked} == {5.0}
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        (("vm", "start"), "vm.start"), (("vm", "stop"), "vm.stop"),
+        (("vm", "restart"), "vm.restart"), (("vm", "kill"), "vm.kill"),
+        (("vm", "delete"), "vm.delete"), (("vm", "set", "--nat"), "vm.set"),
+        (("image", "verify"), "image.verify"), (("image", "delete"), "image.delete"),
+        (("kernel", "rm"), "kernel.delete"),
+    ],
+)  # fmt: skip
+def test_results_of_several_are_one_list_for_programs(
+    cli: CommandLine, serve: Serve, command: tuple[str, ...], method: str
+) -> None:
+    def answer(params: Any) -> Any:
+        if "wbe" in msgspec.structs.astuple(params):
+            missing(params)
+        return results[method]
+
+    results: dict[str, Any] = {
+        "vm.set": r.SetResult(vm=VM),
+        "image.verify": IMAGE,
+        **dict.fromkeys(("vm.delete", "image.delete", "kernel.delete"), r.Deleted(name="web")),
+        **dict.fromkeys(("vm.start", "vm.stop", "vm.restart", "vm.kill"), r.Outcome(vm=VM)),
+    }
+    serve(**{method.replace(".", "__"): answer})
+    done = cli(*command, "wbe", "web", "--json")
+    failed, fine = json.loads(done.out)
+    assert (done.status, failed["error"]["code"]) == (1, "not_found")
+    assert fine == json.loads(msgspec.json.encode(results[method]))
+    assert "there is no VM" not in done.err
+
+
+@pytest.mark.parametrize("command", [("vm", "show"), ("image", "show"), ("kernel", "show")])
+def test_json_may_be_asked_for_where_there_is_nothing_else(
+    cli: CommandLine, serve: Serve, command: tuple[str, str]
+) -> None:
+    serve(**{"__".join(command): missing})
+    assert json.loads(cli(*command, "wbe", "--json").out)["error"]["code"] == "not_found"
+
+
+def interrupted(*words: str, begun: threading.Barrier) -> str:
+    """What a command says on Ctrl-C, which it gets when all its calls have begun."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "banger.cli.entry", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        begun.wait(15)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=15)[1]
+    assert process.returncode == 130
+    return err.lstrip()
+
+
+@pytest.mark.parametrize("names", [("web",), ("web", "db")])
+def test_interrupt_of_a_start_does_not_wait_for_its_end(
+    serve: Serve, names: tuple[str, ...]
+) -> None:
+    begun, given_back = threading.Barrier(len(names) + 1), threading.Semaphore(0)
+
+    async def start(call: Call, params: p.StartVm) -> None:
+        try:
+            await asyncio.to_thread(begun.wait, 15)
+            await asyncio.Event().wait()
+        finally:
+            given_back.release()
+
+    serve(vm__start=start)
+    err = interrupted("vm", "start", *names, begun=begun)
+    assert err.splitlines()[0] == "banger: interrupted"
+    assert all(given_back.acquire(timeout=15) for _ in names)
+
+
+def test_interrupt_says_what_was_not_given_back(serve: Serve) -> None:
+    begun = threading.Barrier(2)
+
+    async def restart(call: Call, params: p.StartVm) -> None:
+        try:
+            await asyncio.to_thread(begun.wait, 15)
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as e:
+            raise BangerError(
+                "operation_failed", "VM web was \x1b[1mstopped", hint="banger vm start web",
+                outcome="unknown",
+            ) from e  # fmt: skip
+
+    serve(vm__restart=restart)
+    assert interrupted("vm", "restart", "web", begun=begun).splitlines() == [
+        "banger: interrupted",
+        "VM web was ?[1mstopped",
+        "hint: banger vm start web",
+    ]
 
 
 def test_note_of_a_stop_goes_to_stderr(cli: CommandLine, serve: Serve) -> None:
@@ -399,13 +511,15 @@ class Banger:
         if shell:
             argv = ["sh", "-c", f'exec "$@" {shell}', "sh", *argv]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": -1, **options}
-        return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, **pipes)
+        # As users have it: an unbuffered stdout fails elsewhere, and keeps nothing for the exit.
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        return subprocess.Popen(argv, env={**env, "PYTHONPATH": str(ROOT / "src")}, **pipes)
 
     def run(self, *words: str, stdin: bytes | None = None, **options: Any) -> tuple[int, str, str]:
         if stdin is not None:
             options["stdin"] = -1
         process = self.popen(*words, **options)
-        out, err = process.communicate(stdin, timeout=15)
+        out, err = process.communicate(stdin, timeout=PATIENCE_S)
         return process.returncode, out.decode(), err.decode()
 
     def asked(self) -> list[str]:
@@ -427,7 +541,14 @@ def banger(serve: Serve, agent: Agent) -> Iterator[Banger]:
         call.stage("plan", "planning")
         await give(call, r.RunResult(vm=VM, access=access(pid=machine.pid)))
 
-    daemon = serve(vm__connect=connect, vm__run=run, vm__delete=lambda _: r.Deleted(name="web"))
+    daemon = serve(
+        vm__connect=connect,
+        vm__run=run,
+        vm__delete=lambda _: r.Deleted(name="web"),
+        vm__list=lambda _: [VM],
+        vm__show=missing,
+        vm__health=missing,
+    )
     yield Banger(daemon, machine)
     machine.kill()
     machine.wait()
@@ -456,6 +577,61 @@ def test_exec_with_a_closed_stdout_does_not_write_into_a_connection(banger: Bang
     assert (status, out) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vm", "list"),
+        ("vm", "list", "--json"),
+        ("vm", "health", "wbe", "--json"),
+        ("vm", "--help"),
+        ("--version",),
+        ("vm", "exec", "web", "--", "echo", "lost"),
+    ],
+    ids=" ".join,
+)
+def test_output_that_cannot_be_written_is_told_in_one_line(
+    banger: Banger, words: tuple[str, ...]
+) -> None:
+    """The disk of the host is not full because our stdout is, and Python has nothing to add."""
+    status, _, err = banger.run(*words, shell=">/dev/full")
+    assert status == 1
+    assert err.startswith("banger: writing the output")
+    assert err.endswith(": No space left on device\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_errors_that_cannot_be_written_leave_the_status(banger: Banger) -> None:
+    assert banger.run("vm", "nope", shell="2>/dev/full")[0] in (1, 2)
+    assert banger.run("vm", "show", "wbe", shell="2>/dev/full")[0] == 1
+
+
+def test_help_is_there_also_when_the_configuration_cannot_be_read(cli: CommandLine) -> None:
+    config = cli.paths.config_files[-1]
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("memory = [")
+    done = cli("vm", "run", "--help")
+    assert (done.status, done.err) == (0, "")
+    assert "--memory" in done.out
+    done = cli("vm", "run", "--", "true")
+    assert done.status == 1 and str(config) in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vm", "show", b"h\xff"),
+        ("vm", "exec", "web", "--", "echo", b"h\xff"),
+        ("vm", "run", "--", "echo", b"h\xff"),
+    ],
+)
+def test_words_that_are_no_text_are_refused_in_words(
+    banger: Banger, words: tuple[str | bytes, ...]
+) -> None:
+    status, _, err = banger.run(*map(os.fsdecode, words))
+    assert (status, err) == (2, "banger: bad request: b'h\\xff' is not UTF-8\n")
+    assert "vm.run" not in banger.asked()
+
+
 def test_run_runs_the_command_and_says_that_the_vm_still_runs(banger: Banger) -> None:
     status, out, err = banger.run("vm", "run", "--", "sh", "-c", "echo hello; exit 3")
     assert (status, out) == (3, "hello\n")
@@ -478,7 +654,7 @@ def test_run_with_rm_deletes_the_vm_after_an_interrupt(banger: Banger) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert banger.asked() == ["vm.run", "vm.delete"]
 
@@ -488,7 +664,7 @@ def test_machine_that_ends_under_its_command_is_named(banger: Banger) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     banger.machine.kill()
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "the machine ended while the command ran" in err.decode()
     assert "hint: banger vm logs web" in err.decode()
@@ -499,7 +675,7 @@ def test_agent_that_ends_alone_leaves_the_command_unknown(banger: Banger, agent:
     assert process.stdout is not None
     process.stdout.readline()
     agent.close()
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "what became of the command is unknown" in err.decode()
 
@@ -518,6 +694,6 @@ def test_ssh_without_an_sshd_goes_through_the_agent(serve: Serve, agent: Agent) 
     done = subprocess.run(
         [sys.executable, "-m", "banger.cli.entry", "vm", "ssh", "web", "--", "echo a  b | tr a c"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdin=subprocess.DEVNULL,
-        capture_output=True, timeout=15,
+        capture_output=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, b"c b\n")

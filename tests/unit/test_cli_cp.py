@@ -165,6 +165,26 @@ def test_what_cannot_be_copied_is_said(
     assert done.status == status and text in done.err, done.err
 
 
+def test_what_is_no_file_gets_the_bytes_and_stays_what_it_is(
+    banger: CommandLine, tmp_path: Path
+) -> None:
+    """`vm cp web:/x /dev/null` would else make a file of it, for root."""
+    (tmp_path / "file").write_bytes(b"content")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with (tmp_path / "all").open("wb", buffering=0) as f:
+        f.write(b"head ")
+        for target in (f"{tmp_path}/pipe", f"/dev/fd/{f.fileno()}"):
+            done = banger("vm", "cp", f"web:{tmp_path}/file", target)
+            assert done.status == 0, done.err
+            assert "1 file, 7B" in done.err
+    assert banger("vm", "cp", f"web:{tmp_path}", f"{tmp_path}/pipe").status == 1
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "all").read_bytes() == b"head content"
+
+
 def test_failed_download_leaves_no_part_of_a_file(
     banger: CommandLine, tmp_path: Path, here: Path
 ) -> None:

@@ -196,5 +196,11 @@ def test_json_says_everything_and_holds_nothing_that_a_terminal_acts_on(
     assert json.loads(text[end:])["error"]["message"] == HOSTILE
 
 
+def test_table_has_one_line_for_a_row() -> None:
+    """A guest's program may have a newline in its name, and would make rows up."""
+    text = table(("PORT", "PROCESS"), [("22", "sshd\n80  nginx\t")])
+    assert text == "PORT  PROCESS\n22    sshd?80  nginx?\n"
+
+
 def test_table_hands_no_escapes_to_a_terminal() -> None:
     assert not set(table(("NAME",), [(HOSTILE,)])) & set("\x1b\x07\x9b\x7f")

@@ -22,6 +22,7 @@ from banger.ssh.known_hosts import copy_hosts, replace_host
 from fakes.agent import ROOT
 from fakes.command_line import CommandLine
 from fakes.daemon import running_daemon
+from patience import PATIENCE_S
 
 VM = VmRecord(
     id="0" * 32, name="web", state="running", image_id="1" * 32, image="debian", kernel="k",
@@ -123,7 +124,7 @@ def run(cli: CommandLine, tmp_path: Path) -> Iterator[Run]:
             [sys.executable, "-m", "banger.cli.entry", "vm", "ssh", "web", *words],
             env={**os.environ, "PYTHONPATH": str(ROOT / "src"),
                  "PATH": f"{programs}:{os.environ['PATH']}"},
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=15, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     def access(_: p.VmRef) -> r.SshAccess:

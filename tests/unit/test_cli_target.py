@@ -24,6 +24,7 @@ from banger.config.system_paths import SystemPaths
 from banger.config.target import choose_paths
 from banger.errors import BangerError
 from fakes.daemon import running_daemon
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -291,7 +292,6 @@ def service(system: SystemPaths, **env: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.timeout(60)
 def test_service_says_when_it_is_ready_and_when_it_stops_and_logs_json(
     system: SystemPaths, tmp_path: Path
 ) -> None:
@@ -299,7 +299,7 @@ def test_service_says_when_it_is_ready_and_when_it_stops_and_logs_json(
     system.config_file.write_text('dns_listen_addr = "127.0.0.1:0"\n')
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(30)
+        manager.settimeout(PATIENCE_S)
         p1 = service(system, NOTIFY_SOCKET=str(tmp_path / "notify"), HOME=str(tmp_path / "home"))
         try:
             assert manager.recv(4096).decode().splitlines()[0] == "READY=1"
@@ -308,7 +308,7 @@ def test_service_says_when_it_is_ready_and_when_it_stops_and_logs_json(
             assert "journalctl -u bangerd" in status.log
             p1.send_signal(signal.SIGTERM)
             assert manager.recv(4096) == b"STOPPING=1"
-            _, err = p1.communicate(timeout=30)
+            _, err = p1.communicate(timeout=PATIENCE_S)
             assert p1.returncode == 0, err
         finally:
             p1.kill()
@@ -319,17 +319,15 @@ def test_service_says_when_it_is_ready_and_when_it_stops_and_logs_json(
         assert json.loads(document)["message"]
 
 
-@pytest.mark.timeout(60)
 def test_service_runs_as_its_owner_only(system: SystemPaths, tmp_path: Path) -> None:
     write_record(system, os.geteuid() + 1, tmp_path / "home")
-    _, err = (p1 := service(system)).communicate(timeout=30)
+    _, err = (p1 := service(system)).communicate(timeout=PATIENCE_S)
     assert p1.returncode == 1
     assert "does not run as uid" in err
 
 
-@pytest.mark.timeout(60)
 def test_service_without_installation_says_what_to_do(tmp_path: Path) -> None:
-    _, err = (p1 := service(SystemPaths(root=tmp_path))).communicate(timeout=30)
+    _, err = (p1 := service(SystemPaths(root=tmp_path))).communicate(timeout=PATIENCE_S)
     assert p1.returncode == 1
     assert "hint: sudo banger system install --owner $USER" in err
 

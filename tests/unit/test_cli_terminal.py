@@ -27,11 +27,9 @@ import pexpect
 import pytest
 
 from fakes.agent import ROOT, WAITING, Agent, running_agent
-
-pytestmark = pytest.mark.timeout(120)
+from patience import PATIENCE_S
 
 PROGRAM = str(ROOT / "tests/fakes/run_command.py")
-DEADLINE_S = 30
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8",
     "TERM": "xterm-256color", "PS1": "host> ", "HOME": "/nonexistent",
@@ -65,7 +63,7 @@ class Shell:
     def __init__(self) -> None:
         self.child = pexpect.spawn(
             "/bin/bash", ["--norc", "--noediting", "-i"],
-            env=ENVIRONMENT, dimensions=(33, 111), timeout=DEADLINE_S, encoding="utf-8",
+            env=ENVIRONMENT, dimensions=(33, 111), timeout=PATIENCE_S, encoding="utf-8",
         )  # fmt: skip
         self.prompt()
         self.before = self.modes()
@@ -220,7 +218,7 @@ def test_interrupt_arrives_though_the_command_ignores_its_stdin(agent: Agent) ->
     assert p.stdin is not None and p.stdout is not None
     assert p.stdout.readline() == b"ready\n"
     os.set_blocking(p.stdin.fileno(), False)
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     # Full: the credit is used up, and nobody takes any more.
     idle = 0
     while idle < 5:
@@ -232,7 +230,7 @@ def test_interrupt_arrives_though_the_command_ignores_its_stdin(agent: Agent) ->
             idle += 1
             select.select([], [], [], 0.02)
     p.send_signal(signal.SIGINT)
-    assert p.wait(timeout=DEADLINE_S) == 7
+    assert p.wait(timeout=PATIENCE_S) == 7
     for pipe in (p.stdin, p.stdout, p.stderr):
         assert pipe is not None
         pipe.close()
@@ -252,15 +250,15 @@ def test_what_is_typed_before_the_command_runs_reaches_it(tmp_path: Path, typed:
             env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         )  # fmt: skip
         try:
-            listening.settimeout(DEADLINE_S)
+            listening.settimeout(PATIENCE_S)
             connection, _ = listening.accept()
             with connection, connection.makefile("rb") as said:
-                connection.settimeout(DEADLINE_S)
+                connection.settimeout(PATIENCE_S)
                 assert json.loads(said.readline())["method"] == "exec"
                 os.write(master, typed)
                 echo = b""
                 while typed.strip() not in echo:  # the echo says that the terminal has it
-                    assert select.select([master], [], [], DEADLINE_S)[0]
+                    assert select.select([master], [], [], PATIENCE_S)[0]
                     echo += os.read(master, 100)
                 connection.sendall(b'{"stream":true}\n')
                 received = b""
@@ -271,7 +269,7 @@ def test_what_is_typed_before_the_command_runs_reaches_it(tmp_path: Path, typed:
                         received += payload
                         assert typed.startswith(received)
                 connection.sendall(struct.pack(">BI", 0x0E, 10) + b'{"code":5}')
-                assert p.wait(timeout=DEADLINE_S) == 5
+                assert p.wait(timeout=PATIENCE_S) == 5
         finally:
             if p.poll() is None:
                 p.kill()
@@ -286,11 +284,11 @@ def test_end_of_the_terminal_ends_the_command(agent: Agent, tmp_path: Path) -> N
     script = f"trap 'echo hup > {ended}; exit' HUP; echo ready; while :; do sleep 0.01; done"
     child = pexpect.spawn(
         sys.executable, words(agent, "sh", "-c", script)[1:], env=ENVIRONMENT,
-        timeout=DEADLINE_S, encoding="utf-8",
+        timeout=PATIENCE_S, encoding="utf-8",
     )  # fmt: skip
     child.expect_exact("ready")
     os.close(child.child_fd)
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while not ended.exists() or ended.read_text() != "hup\n":
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -327,7 +325,7 @@ class Screen:
     def _tmux(self, *argv: str) -> str:
         done = subprocess.run(
             ["tmux", "-S", self._socket, *argv], env=ENVIRONMENT, check=True,
-            capture_output=True, timeout=DEADLINE_S,
+            capture_output=True, timeout=PATIENCE_S,
         )  # fmt: skip
         return done.stdout.decode()
 
@@ -336,7 +334,7 @@ class Screen:
         return self._tmux("capture-pane", "-p").rstrip("\n")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while (found := re.search(pattern, self.text(), re.MULTILINE)) is None:
             assert time.monotonic() < deadline, f"{pattern!r} is not on the screen:\n{self.text()}"
             time.sleep(0.02)

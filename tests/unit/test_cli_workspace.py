@@ -123,6 +123,39 @@ def test_export_goes_through_a_pipe_or_a_link_and_replaces_neither(
     assert (tmp_path / "target").read_bytes() == PATCH
 
 
+def test_export_to_what_the_caller_has_opened_goes_behind_what_is_there(
+    cli: CommandLine, serve: Callable[..., FakeDaemon], tmp_path: Path
+) -> None:
+    """`{ echo head; banger … -o /dev/stdout; } > file` would else lose its head, and what follows
+    would go to a file without a name."""
+    serve(vm__workspace__export=_export)
+    with (tmp_path / "all").open("wb", buffering=0) as f:
+        f.write(b"head\n")
+        for name in (f"/dev/fd/{f.fileno()}", f"/proc/self/fd/{f.fileno()}"):
+            assert cli("vm", "workspace", "export", "web", "-o", name).status == 0
+        f.write(b"tail\n")
+    assert (tmp_path / "all").read_bytes() == b"head\n" + PATCH + PATCH + b"tail\n"
+
+
+def test_export_through_links_in_a_ring_is_refused_in_words(
+    cli: CommandLine, serve: Callable[..., FakeDaemon], tmp_path: Path
+) -> None:
+    serve(vm__workspace__export=_export)
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    done = cli("vm", "workspace", "export", "web", "-o", str(tmp_path / "a"))
+    assert done.status == 1
+    assert done.err == f"banger: writing {tmp_path}/a: Too many levels of symbolic links\n"
+
+
+def test_export_says_what_a_shell_takes(
+    cli: CommandLine, serve: Callable[..., FakeDaemon], tmp_path: Path
+) -> None:
+    serve(vm__workspace__export=_export)
+    done = cli("vm", "workspace", "export", "web", "-o", str(tmp_path / "my work"))
+    assert f"git apply --binary '{tmp_path}/my work'\n" in done.err
+
+
 def test_failed_export_leaves_the_old_file(
     cli: CommandLine, serve: Callable[..., FakeDaemon], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,18 +24,21 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.config.settings import Settings
-from banger.daemon import clock, ships
 from banger.daemon import daemon as daemon_module
+from banger.daemon import ships
 from banger.daemon.daemon import Daemon
 from banger.daemon.handlers import build_methods
 from banger.errors import BangerError
 from banger.guest.client import GuestClient
+from banger.host import clock
 from banger.rpc import client
 from banger.rpc.server import Server, current_op
 from banger.session import sessions as session_service
 from banger.vm import idle
+from banger.vm.stop import delete, kill
 from banger.vmm.probe import Verdict
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -42,6 +46,7 @@ T = TypeVar("T")
 
 _CLIENT = """
 import sys
+import time
 from pathlib import Path
 from banger.api import params as p, results as r
 from banger.rpc import client
@@ -136,7 +141,7 @@ def swapped(open_it: Any, first: Any, *, when: bool) -> Any:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -219,6 +224,12 @@ async def test_image_and_kernel_in_use_are_not_deleted(banger: Running) -> None:
         with pytest.raises(BangerError, match="is used by") as caught:
             await banger.call(method, p.NameRef(name=name))
         assert caught.value.reason == "in_use"
+
+
+async def test_kernel_that_is_not_there_is_not_to_be_pulled_to_be_removed(banger: Running) -> None:
+    with pytest.raises(BangerError, match="there is no kernel 'nope' here") as caught:
+        await banger.call("kernel.delete", p.NameRef(name="nope"))
+    assert caught.value.hint == "banger kernel list"
 
 
 async def test_sizes_of_a_running_vm_change_at_its_next_start(banger: Running) -> None:
@@ -332,6 +343,37 @@ async def test_run_that_fails_after_its_vm_runs_says_that_it_does(
     assert banger.world.census() == EMPTY
 
 
+@pytest.mark.parametrize("rm", [False, True])
+async def test_run_whose_vm_is_deleted_meanwhile_says_what_failed_and_no_more(
+    banger: Running, monkeypatch: pytest.MonkeyPatch, rm: bool
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await delete(banger.world.ctx, banger.world.store.resolve("web"), kill_it=True)
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError) as failed:
+        await banger.stream("vm.run", run_params(banger.world, rm=rm))
+    assert (str(failed.value), failed.value.outcome) == ("no connection", "failed")
+    assert banger.world.census() == EMPTY
+
+
+async def test_run_whose_machine_ends_meanwhile_does_not_say_that_it_runs(
+    banger: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from banger.daemon import runs
+
+    async def fail(*_: Any, **__: Any) -> None:
+        await kill(banger.world.ctx, banger.world.store.resolve("web"), "KILL")
+        raise BangerError("operation_failed", "no connection")
+
+    monkeypatch.setattr(runs, "answer_with_agent", fail)
+    with pytest.raises(BangerError, match="VM web was created and does not run any more"):
+        await banger.stream("vm.run", run_params(banger.world))
+
+
 async def start_owner(banger: Running) -> subprocess.Popen[bytes]:
     """A process that runs a VM with --rm and then waits."""
     owner = subprocess.Popen(
@@ -375,6 +417,21 @@ async def test_ephemeral_vm_whose_command_ended_while_no_daemon_ran_goes_at_the_
     end(owner)
     await banger.start()
     await until(lambda: banger.world.census() == EMPTY)
+
+
+async def test_ephemeral_vm_whose_command_ran_before_a_reboot_goes_whoever_has_its_pid_now(
+    banger: Running,
+) -> None:
+    owner = await start_owner(banger)
+    store = banger.world.store
+    vm = store.resolve("web")
+    assert vm.owner is not None and vm.owner.boot_id
+    await banger.stop()
+    then = msgspec.structs.replace(vm.owner, boot_id="0b0d3b5e-5d3a-4a5c-8f2e-000000000000")
+    store.update(vm.id, owner=then)
+    await banger.start()
+    await until(lambda: banger.world.census() == EMPTY)
+    end(owner)
 
 
 # --- the daemon's own end -------------------------------------------------------------------------
@@ -490,10 +547,12 @@ async def test_idle_daemon_does_nothing(banger: Running) -> None:
     """No timer: with nothing to serve and no VM that runs, the loop is not woken."""
     await banger.create()
     await banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted)
-    for _ in range(100):  # what ends has its turns; a sleep of some time would be a timer itself
-        await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
-    assert [h for h in loop._scheduled if not h.cancelled()] == []  # type: ignore[attr-defined]  # of asyncio's base loop
+    deadline = time.monotonic() + PATIENCE_S
+    # What ends has its turns; a sleep of some time would be a timer itself.
+    while timers := [h for h in loop._scheduled if not h.cancelled()]:  # type: ignore[attr-defined]  # of asyncio's base loop
+        assert time.monotonic() < deadline, timers
+        await asyncio.sleep(0)
 
 
 async def test_many_calls_at_once_are_all_answered(banger: Running) -> None:

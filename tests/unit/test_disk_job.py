@@ -15,6 +15,7 @@ from banger.disk.background import Job, JobCancelled, run_job
 from banger.errors import BangerError
 from banger.process import ProcessFailed
 from banger.progress import Silent
+from patience import PATIENCE_S
 
 
 class Recorder(Silent):
@@ -40,13 +41,13 @@ def sleeper(ready: Path) -> list[str]:
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
 
 
-async def until(holds: object, *, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
+async def until(holds: object) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():  # type: ignore[operator] # any callable
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

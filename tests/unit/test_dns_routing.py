@@ -18,6 +18,8 @@ from banger.config.settings import Settings
 from banger.dns.server import NameServer
 from banger.dns.zone import Zone
 from banger_root.resolver import reverse_zones
+from fakes.loopback import free_port, own_address
+from patience import PATIENCE_S
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "dns-routing.md").read_text(encoding="utf-8")
 
@@ -45,29 +47,31 @@ async def test_dnsmasq_with_the_lines_of_the_document_finds_vms(tmp_path: Path) 
     zone.publish("web", "172.16.0.2")
     server = NameServer(zone)
     _, ours = await server.start("127.0.0.1:0")
-    probe = NameServer(zone)
-    _, theirs = await probe.start("127.0.0.1:0")  # a port that is free for UDP and TCP
-    await probe.close()
+    address = own_address()
+    theirs = free_port(address)
     found = re.search(r"```dnsmasq\n(.*?)```", DOCUMENT, re.DOTALL)
     assert found is not None
     config = tmp_path / "banger.conf"
     config.write_text(found[1].replace("#42069", f"#{ours}"))
     process = await asyncio.create_subprocess_exec(
         program, "--keep-in-foreground", f"--conf-file={config}", "--no-resolv", "--no-hosts",
-        "--stop-dns-rebind", "--listen-address=127.0.0.1", "--bind-interfaces", f"--port={theirs}",
+        "--stop-dns-rebind", f"--listen-address={address}", "--bind-interfaces", f"--port={theirs}",
         "--pid-file", "--user=",
     )  # fmt: skip
 
     async def ask(name: str, rtype: str = "A") -> dns.message.Message:
         query = dns.message.make_query(name, rtype)
-        return await dns.asyncquery.udp(query, "127.0.0.1", port=theirs, timeout=15)
+        return await dns.asyncquery.udp(query, address, port=theirs, timeout=PATIENCE_S)
 
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     await dns.asyncquery.tcp(
-                        dns.message.make_query("vm", "SOA"), "127.0.0.1", port=theirs, timeout=15
+                        dns.message.make_query("vm", "SOA"),
+                        address,
+                        port=theirs,
+                        timeout=PATIENCE_S,
                     )
                 except (ConnectionError, OSError):
                     await asyncio.sleep(0.01)  # it does not listen yet, which is told at once

@@ -18,6 +18,7 @@ import pytest_asyncio
 from banger.dns.server import NameServer, parse_listen
 from banger.dns.zone import Zone
 from banger.errors import BangerError
+from patience import PATIENCE_S
 
 Served = tuple[NameServer, str, int]
 
@@ -26,7 +27,7 @@ Served = tuple[NameServer, str, int]
 async def served() -> AsyncIterator[Served]:
     zone = Zone(IPv4Network("172.16.0.0/24"))
     zone.publish("web", "172.16.0.2")
-    server = NameServer(zone, idle_s=15, most_connections=4)
+    server = NameServer(zone, idle_s=PATIENCE_S, most_connections=4)
     host, port = await server.start("127.0.0.1:0")
     yield server, host, port
     await server.close()
@@ -50,7 +51,7 @@ async def read_reply(reader: asyncio.StreamReader) -> dns.message.Message:
 async def test_udp_and_tcp_say_the_same(served: Served) -> None:
     _, host, port = served
     for transport in (dns.asyncquery.udp, dns.asyncquery.tcp):
-        reply = await transport(query(), host, port=port, timeout=15)
+        reply = await transport(query(), host, port=port, timeout=PATIENCE_S)
         assert str(reply.answer[0]) == "web.vm. 5 IN A 172.16.0.2"
 
 
@@ -80,7 +81,7 @@ async def test_what_is_no_query_ends_its_connection_only(served: Served) -> None
     with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
         await reader.readexactly(1)
     writer.close()
-    assert (await dns.asyncquery.tcp(query(), host, port=port, timeout=15)).answer
+    assert (await dns.asyncquery.tcp(query(), host, port=port, timeout=PATIENCE_S)).answer
 
 
 @pytest.mark.asyncio
@@ -89,7 +90,7 @@ async def test_junk_datagrams_stop_nothing(served: Served) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for junk in (b"", b"\0" * 5, b"\xff" * 600, bytes(65000)):
             sock.sendto(junk, (host, port))
-    assert (await dns.asyncquery.udp(query(), host, port=port, timeout=15)).answer
+    assert (await dns.asyncquery.udp(query(), host, port=port, timeout=PATIENCE_S)).answer
 
 
 @pytest.mark.asyncio
@@ -157,7 +158,7 @@ async def test_a_closed_server_gives_its_port_back_with_connections_open(served:
     await server.close()
     again = NameServer(server.zone)
     assert await again.start(f"{host}:{port}") == (host, port)
-    assert (await dns.asyncquery.udp(query(), host, port=port, timeout=15)).answer
+    assert (await dns.asyncquery.udp(query(), host, port=port, timeout=PATIENCE_S)).answer
     await again.close()
     writer.close()
 

@@ -19,6 +19,7 @@ from banger.dns.server import NameServer
 from banger.dns.zone import Zone
 from banger.doctor.network import find_free_subnet
 from fakes.doctor import FakeWorld, lease, running, vm
+from patience import PATIENCE_S
 
 ADDRESSES = ("ip", "-j", "-4", "address")
 ROUTES = ("ip", "-j", "-4", "route", "show", "table", "all")
@@ -232,7 +233,7 @@ def answering() -> Iterator[str]:
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE_S)
         yield found[0]
     finally:
         loop.call_soon_threadsafe(ending.set)

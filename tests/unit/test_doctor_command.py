@@ -20,6 +20,7 @@ from banger.errors import BangerError
 from banger.progress import Silent
 from fakes.command_line import CommandLine
 from fakes.doctor import FakeWorld, running, vm
+from patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def check(name: str, look: Any, **fields: Any) -> Check:
 
 
 def test_rows_come_in_the_order_of_the_table_and_checks_run_at_once(world: FakeWorld) -> None:
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=PATIENCE_S)
 
     def look(_: Any) -> Iterator[Finding]:
         meeting.wait()  # ends only where both are looking at the same time
@@ -283,7 +284,7 @@ def test_what_takes_long_shows_progress(
     shown = threading.Event()
 
     def look(_: Any) -> Iterator[Finding]:
-        assert shown.wait(10)
+        assert shown.wait(PATIENCE_S)
         yield passed("done")
 
     from banger.cli import doctor

@@ -211,6 +211,15 @@ def test_a_budget_that_holds_no_default_vm_fails(
     assert (row.level, row.command) == ("FAIL", f"$EDITOR {world.paths.config_file}")
 
 
+def test_an_image_that_cannot_be_read_is_told(world: FakeWorld) -> None:
+    damaged = world.paths.images / ("d" * 32)
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text('{"schema": 2}')
+    rows = world.look("cache")
+    assert [row.level for row in rows] == ["PASS", "FAIL"]
+    assert str(damaged) in rows[1].message
+
+
 def test_caches_are_counted_by_kind_and_links_once(world: FakeWorld) -> None:
     image = world.paths.images / "a" / "rootfs.sqfs"
     image.parent.mkdir(parents=True)

@@ -130,7 +130,6 @@ def check(bench: Bench, name: str, order: str) -> None:
     assert leftovers(place) == []
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "step"), [(name, step) for name, case in CASES.items() for step in case.steps]
 )

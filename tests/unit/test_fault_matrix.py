@@ -34,6 +34,7 @@ from banger.vm.reconcile import reconcile
 from banger.vm.stop import delete, kill, stop
 from fakes.mortal import Mortal
 from fakes.world import EMPTY, World, processes_below, temporary_templates
+from patience import PATIENCE_S
 from sample import EVERYTHING, pick
 
 pytestmark = pytest.mark.asyncio
@@ -273,7 +274,7 @@ class Fault:
         ):
             fd = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
-            select.select([fd], [], [], 10)
+            select.select([fd], [], [], PATIENCE_S)
             os.close(fd)
 
     def agent(self, order: Order) -> None:
@@ -304,7 +305,7 @@ async def go_through(world: World, scenario: Scenario, order: str) -> None:
     fault.mortal = Mortal(scenario.act(world))
     fault.task = world.leave(fault.mortal.run())
     died = asyncio.ensure_future(fault.mortal.dead.wait())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.wait({fault.task, died}, return_when=asyncio.FIRST_COMPLETED)
         died.cancel()
         if killed and fault.mortal.dead.is_set():
@@ -319,11 +320,11 @@ async def go_through(world: World, scenario: Scenario, order: str) -> None:
         await world.crash()
     # A guest that was told to end does so, whoever looks.
     if fault_ends_guest(world, order):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while processes_below(world.paths.runtime) + processes_below(world.root / "jail"):
                 await asyncio.sleep(0.001)
     # Its watcher corrects the record of a machine that has ended.
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while any(vm.id in world.ctx._watchers for vm in outdated(world)):
             await asyncio.sleep(0.001)
 

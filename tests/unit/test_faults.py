@@ -17,6 +17,7 @@ from banger import faults
 from banger.errors import BangerError
 from banger.faults import Order, arm, disarm, parse_order, step
 from banger.process import read_stat
+from patience import PATIENCE_S
 
 LEASE = "start.lease"
 
@@ -149,7 +150,7 @@ async def test_coroutine_step_hangs_until_it_is_cancelled(moment: str) -> None:
 @pytest.mark.asyncio
 async def test_hanging_may_be_bounded() -> None:
     arm([f"{LEASE}:before:hang:0.01"])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async with step(LEASE):
             pass
 
@@ -186,25 +187,25 @@ def start_program(directory: Path, orders: str) -> subprocess.Popen[bytes]:
 def test_program_kills_itself_once(tmp_path: Path) -> None:
     orders = f"{tmp_path}:{LEASE}:during:kill"
     first = start_program(tmp_path, orders)
-    assert first.communicate(timeout=30)[0] == b"begun\n"
+    assert first.communicate(timeout=PATIENCE_S)[0] == b"begun\n"
     assert first.returncode == -signal.SIGKILL
     assert not (tmp_path / "made").exists()
     # The next one finds the mark.
     second = start_program(tmp_path, orders)
-    assert second.communicate(timeout=30)[0] == b"begun\nended\n"
+    assert second.communicate(timeout=PATIENCE_S)[0] == b"begun\nended\n"
     assert second.returncode == 0
 
 
 def test_program_stands_still_until_it_is_let_go(tmp_path: Path) -> None:
     program = start_program(tmp_path, f"{tmp_path}:{LEASE}:during:stop")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while (stat := read_stat(program.pid)) is not None and stat[0] != "T":
         assert time.monotonic() < deadline
         os.sched_yield()
     assert (tmp_path / f"{LEASE}:during:stop").exists()
     assert not (tmp_path / "made").exists()
     program.send_signal(signal.SIGCONT)
-    assert program.communicate(timeout=30)[0] == b"begun\nended\n"
+    assert program.communicate(timeout=PATIENCE_S)[0] == b"begun\nended\n"
 
 
 def test_orders_that_cannot_be_meant_end_the_program_with_a_sentence(

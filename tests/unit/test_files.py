@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from banger import files
 from banger.errors import BangerError
+from patience import PATIENCE_S
 
 
 def test_file_is_replaced_as_a_whole_with_its_mode(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_lock_is_held_between_processes_until_its_holder_ends(tmp_path: Path) ->
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fd)
         holder.kill()
-        holder.wait(10)
+        holder.wait(PATIENCE_S)
         with files.locked(tmp_path / "lock"):
             pass
     finally:

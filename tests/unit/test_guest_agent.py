@@ -18,6 +18,7 @@ from banger.errors import BangerError
 from banger.guest.client import GuestClient
 from banger.guest.endpoint import TcpEndpoint, VsockEndpoint
 from fakes.agent import TOKEN, Agent, running_agent
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -81,8 +82,9 @@ async def test_listening_port_is_seen(guest: GuestClient) -> None:
         listening.bind(("127.0.0.1", 0))
         listening.listen(1)
         port = listening.getsockname()[1]
-        (found,) = [x for x in await guest.ports() if x.port == port]
-    assert (found.proto, found.address, found.pid) == ("tcp", "127.0.0.1", os.getpid())
+        seen = [(x.proto, x.address, x.pid) for x in await guest.ports() if x.port == port]
+    # Somebody else may have this number at another address, or for UDP.
+    assert seen.count(("tcp", "127.0.0.1", os.getpid())) == 1
 
 
 async def test_port_is_dialled_and_its_first_words_are_the_callers(guest: GuestClient) -> None:
@@ -159,7 +161,7 @@ async def test_put_that_is_cancelled_leaves_the_old_tree(
     putting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await putting
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while sorted(os.listdir(tmp_path)) != ["tree"]:  # what it had unpacked beside
             await asyncio.sleep(0.005)
     assert os.listdir(target) == ["old"]
@@ -182,14 +184,14 @@ async def test_writer_that_fails_is_not_hidden_and_leaves_nothing(
 
     with pytest.raises(BangerError, match="the repository changed"):
         await guest.put(str(tmp_path / "tree"), fail)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while os.listdir(tmp_path):
             await asyncio.sleep(0.005)
 
 
 async def test_agent_ends_when_it_is_asked_to(guest: GuestClient, agent: Agent) -> None:
-    await guest.shutdown(grace_s=1, connect_s=1)
-    assert await asyncio.to_thread(agent.process.wait, 10) == 0
+    await guest.shutdown(grace_s=1, connect_s=PATIENCE_S)
+    assert await asyncio.to_thread(agent.process.wait, PATIENCE_S) == 0
 
 
 async def test_endpoint_where_nobody_listens_is_not_ready(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from banger.guest.endpoint import TcpEndpoint
 from banger.rpc.channel import Channel
 from banger.rpc.frames import FrameType, encode
 from banger.rpc.trees import GuestFiles
+from patience import PATIENCE_S
 
 VM, TOKEN = "0" * 32, "ab" * 32
 PARAMS = {"vm_id": VM, "boot_id": "b-1", "agent_version": "1.0", "protocol": 1}
@@ -47,7 +48,7 @@ class Room:
     async def say(self, line: bytes) -> bytes:
         """The answer to an announcement; empty when it was refused."""
         reader, writer = await asyncio.open_unix_connection(self.path)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             writer.write(line)
             answer = await reader.readline()
             writer.write(b'{"ready":true}\n')
@@ -92,13 +93,12 @@ async def test_what_a_guest_calls_itself_is_short_and_harmless(room: Room, value
 async def test_a_guest_that_holds_connections_keeps_no_other_guest_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setattr(announce, "ANNOUNCE_PORT", port)
+    monkeypatch.setattr(announce, "ANNOUNCE_PORT", 0)
     announcements = Announcements()
     with announcements.expect(VM, TOKEN) as announced, contextlib.ExitStack() as stack:
         announcements.ensure_tcp("127.0.0.1")
+        assert announcements._tcp is not None
+        port = announcements._tcp[1].getsockname()[1]
         for _ in range(80):
             hostile = stack.enter_context(socket.socket())
             hostile.bind(("127.0.0.66", 0))
@@ -108,7 +108,7 @@ async def test_a_guest_that_holds_connections_keeps_no_other_guest_out(
             "127.0.0.1", port, local_addr=("127.0.0.2", 0)
         )
         writer.write(announcement())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert b"time_unix_ns" in await reader.readline()
             writer.write(b'{"ready":true}\n')
             assert (await announced).vm_id == VM
@@ -194,7 +194,7 @@ async def test_a_put_that_the_guest_broke_off_says_what_the_guest_said() -> None
 
     def write(out: BinaryIO) -> None:
         out.write(bytes(1 << 19))  # twice what is buffered
-        asyncio.run_coroutine_threadsafe(agent.answered.wait(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(agent.answered.wait(), loop).result(PATIENCE_S)
         for _ in range(64):
             out.write(bytes(1 << 18))
 
@@ -211,7 +211,7 @@ async def test_a_put_can_be_cancelled_after_the_guest_has_gone() -> None:
 
     def write(out: BinaryIO) -> None:
         out.write(bytes(1 << 19))  # twice what is buffered
-        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(PATIENCE_S)
 
     async with guest_with(agent) as client:
         work = asyncio.create_task(client.put("/x", write))
@@ -223,8 +223,18 @@ async def test_a_put_can_be_cancelled_after_the_guest_has_gone() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_malformed_last_frame_is_an_error_of_the_contract() -> None:
-    agent = Agent(encode(FrameType.RESULT, b"\xff{"), takes=5)
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (FrameType.RESULT, b"\xff{"),
+        (FrameType.ERROR, b'{"code":"not_found","message":"\xff"}'),
+        (FrameType.ERROR, b'{"code":"not_found","message":' + b"[" * 5000),
+    ],
+)
+async def test_a_malformed_last_frame_is_an_error_of_the_contract(
+    kind: FrameType, payload: bytes
+) -> None:
+    agent = Agent(encode(kind, payload), takes=5)
     async with guest_with(agent) as client:
         with pytest.raises(BangerError, match="malformed"):
             await client.put("/x", lambda out: out.write(b"x"))
@@ -273,5 +283,5 @@ def test_listing_whose_names_have_no_end_is_given_up(monkeypatch: pytest.MonkeyP
     files = GuestFiles(lambda: ours, lambda method, params: request)
     with pytest.raises(BangerError, match="no end"):
         files.scan("/root/repo")
-    guest.join(10)
+    guest.join(PATIENCE_S)
     assert given_up.is_set()

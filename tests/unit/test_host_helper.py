@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from banger.host.helper import HelperService
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -36,7 +37,7 @@ async def test_calls_about_one_lease_are_made_in_their_order_also_after_a_cancel
 
     path = tmp_path / "s"
     server = await asyncio.start_unix_server(answer, path)
-    async with server, asyncio.timeout(10):
+    async with server, asyncio.timeout(PATIENCE_S):
         service = HelperService(path)
         preparing = asyncio.create_task(service.call("prepare", {"vm_id": VM}))
         while not service._calls:

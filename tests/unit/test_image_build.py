@@ -24,9 +24,11 @@ from banger.image import (
     list_images,
     verify_image,
 )
+from banger.image.entries import find_damaged
 from banger.progress import Silent
 from banger.units import TIB
 from fakes.building import BuildWorld
+from patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -122,7 +124,7 @@ async def test_a_name_in_use_is_refused(world: BuildWorld) -> None:
 async def test_two_builds_of_one_name_do_the_work_once_and_both_succeed(world: BuildWorld) -> None:
     world.switch("hold", on=True)
     tasks = [asyncio.create_task(world.build()) for _ in range(3)]
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     world.switch("hold", on=False)
     records = await asyncio.gather(*tasks)
     assert world.calls == 1
@@ -139,7 +141,7 @@ async def test_a_failed_build_tells_mmdebstraps_words_and_leaves_nothing(world: 
 async def test_a_cancelled_build_leaves_nothing(world: BuildWorld) -> None:
     world.switch("hold", on=True)
     task = asyncio.create_task(world.build())
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -177,7 +179,7 @@ async def test_an_image_that_got_a_vm_meanwhile_is_not_replaced(world: BuildWorl
     world.switch("hold", on=True)
     world.recipe.write_text(world.recipe.read_text() + "# another one\n")
     building = asyncio.create_task(world.build_by_force())
-    await asyncio.wait_for(world.listener.began.wait(), 10)
+    await asyncio.wait_for(world.listener.began.wait(), PATIENCE_S)
     world.vms = [SimpleNamespace(name="web", image_id=first.id)]
     world.switch("hold", on=False)
     with pytest.raises(BangerError, match="used by web"):
@@ -239,10 +241,25 @@ async def test_a_deleted_image_is_gone(world: BuildWorld) -> None:
     assert not Path(record.rootfs_path).exists()
 
 
-async def test_an_entry_whose_manifest_cannot_be_read_is_an_error(world: BuildWorld) -> None:
-    record = await world.build()
+async def test_an_image_whose_manifest_cannot_be_read_is_told_and_stands_in_nobodys_way(
+    world: BuildWorld,
+) -> None:
+    """Else no VM of any image could be made, and no image deleted."""
+    record = await world.build("small")
+    other = await world.build("other")
     manifest = Path(record.rootfs_path).parent / "manifest.json"
     manifest.chmod(0o644)
     manifest.write_text("{}")
-    with pytest.raises(BangerError, match=r"manifest\.json"):
-        list_images(world.paths)
+    assert list_images(world.paths) == (other,)
+    assert find_image(world.paths, "small") is None
+    for ask in (
+        lambda: find_image(world.paths, record.id),
+        lambda: get_image(world.paths, record.id),
+    ):
+        with pytest.raises(BangerError, match=r"reading the image manifest .*manifest\.json"):
+            ask()
+    with pytest.raises(BangerError, match="1 here cannot be read, see: banger doctor"):
+        get_image(world.paths, "small")
+    assert [str(manifest) in str(e) for e in find_damaged(world.paths)] == [True]
+    delete_image(world.paths, "other")
+    assert (await world.build("small")).id != record.id

@@ -25,6 +25,7 @@ from banger.image.pull import PullPlan, find_pulled, plan_pull, pull_image
 from banger.progress import Silent
 from fakes.registry import FakeRegistry, fake_registry
 from oci_kit import Entry, Image, build_image, directory, layer_tar, write_archive, write_layout
+from patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -203,7 +204,7 @@ async def test_a_cancelled_pull_leaves_nothing(paths: Paths, registry: FakeRegis
     task = asyncio.create_task(
         pull_image(paths, plan(f"{registry.host}/team/app:v1"), reporter=Silent())
     )
-    assert await asyncio.to_thread(registry.holding.wait, 15)
+    assert await asyncio.to_thread(registry.holding.wait, PATIENCE_S)
     task.cancel()
     # At once: the minute that a silent server gets is longer than this test may take.
     with pytest.raises(asyncio.CancelledError):

@@ -20,10 +20,10 @@ from banger.progress import Silent
 from banger.units import format_size
 from fakes.registry import FakeRegistry, fake_registry
 from oci_kit import Entry, Image, build_image, directory, layer_tar
+from patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("sqfstar") is None, reason="sqfstar is not installed"),
-    pytest.mark.timeout(60),
 ]
 
 
@@ -166,7 +166,7 @@ async def test_pulls_of_different_images_run_side_by_side(
     for number, one in enumerate(images):
         registry.add(one, f"v{number}")
     # Nobody passes before the other is there: one after the other would never end.
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=PATIENCE_S)
 
     def pull(number: int) -> None:
         job = Job()
@@ -194,7 +194,7 @@ async def test_a_pull_that_waits_for_the_same_image_can_be_cancelled_alone(
     registry.hold = threading.Event()
     wanted = plan(f"{registry.host}/team/app:v1")
     first = asyncio.create_task(pull_image(paths, wanted, reporter=Silent()))
-    assert await asyncio.to_thread(registry.holding.wait, 15)
+    assert await asyncio.to_thread(registry.holding.wait, PATIENCE_S)
     second = asyncio.create_task(pull_image(paths, wanted, reporter=Silent()))
     await asyncio.sleep(0)
     second.cancel()
@@ -214,7 +214,7 @@ async def test_when_the_pull_that_others_wait_for_is_cancelled_one_of_them_does_
     registry.hold = threading.Event()
     wanted = plan(f"{registry.host}/team/app:v1")
     first = asyncio.create_task(pull_image(paths, wanted, reporter=Silent()))
-    assert await asyncio.to_thread(registry.holding.wait, 15)
+    assert await asyncio.to_thread(registry.holding.wait, PATIENCE_S)
     others = [asyncio.create_task(pull_image(paths, wanted, reporter=Silent())) for _ in range(2)]
     first.cancel()
     with pytest.raises(asyncio.CancelledError):

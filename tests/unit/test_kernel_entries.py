@@ -24,6 +24,7 @@ from banger.kernel import (
 from banger.progress import Silent
 from banger.units import TIB
 from fakes.kernel_pull import NAME, KernelWorld
+from patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def test_the_same_package_is_downloaded_once(world: KernelWorld) -> None:
 async def test_two_pulls_at_once_do_the_work_once_and_both_succeed(world: KernelWorld) -> None:
     world.hold.clear()
     tasks = [asyncio.create_task(world.pull()) for _ in range(3)]
-    await asyncio.to_thread(world.arrived.wait, 10)
+    await asyncio.to_thread(world.arrived.wait, PATIENCE_S)
     world.hold.set()
     records = await asyncio.gather(*tasks)
     assert world.downloads == 1
@@ -78,7 +79,7 @@ async def test_two_pulls_at_once_do_the_work_once_and_both_succeed(world: Kernel
 async def test_a_cancelled_pull_leaves_nothing(world: KernelWorld) -> None:
     world.hold.clear()
     task = asyncio.create_task(world.pull())
-    await asyncio.to_thread(world.arrived.wait, 10)
+    await asyncio.to_thread(world.arrived.wait, PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -89,7 +90,7 @@ async def test_a_cancelled_pull_leaves_nothing(world: KernelWorld) -> None:
 async def test_a_peer_behind_a_cancelled_pull_does_the_work_itself(world: KernelWorld) -> None:
     world.hold.clear()
     first = asyncio.create_task(world.pull())
-    await asyncio.to_thread(world.arrived.wait, 10)
+    await asyncio.to_thread(world.arrived.wait, PATIENCE_S)
     second = asyncio.create_task(world.pull())
     first.cancel()
     with pytest.raises(asyncio.CancelledError):

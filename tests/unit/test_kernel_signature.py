@@ -58,8 +58,8 @@ class Keyring:
         out = self.gpg("--list-keys", "--with-colons").decode()
         return [line.split(":")[9] for line in out.splitlines() if line.startswith("fpr:")]
 
-    def export(self, fingerprint: str) -> bytes:
-        return self.gpg("--armor", "--export", fingerprint)
+    def export(self, *fingerprints: str) -> bytes:
+        return self.gpg("--armor", "--export", *fingerprints)
 
     def sign(self, fingerprint: str, data: bytes, *options: str) -> bytes:
         return self.gpg(
@@ -161,7 +161,7 @@ async def test_a_signature_by_somebody_of_the_same_name_is_refused(
     key = signing.keyring.export(stranger).decode()
     await refused(signing, f"the signing key {stranger} is none of those", signing_key=key)
     # Slipped in behind the right one: valid for gpgv, but not pinned.
-    both = signing.keyring.gpg("--armor", "--export").decode()
+    both = signing.keyring.export(signing.recipe.signers[0].fingerprint, stranger).decode()
     error = await refused(signing, "is none of those", signing_key=both)
     assert stranger in error.message
     # And without its key it cannot be checked.

@@ -23,21 +23,24 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import workspaces as w
 from banger.api.records import VmRecord
-from banger.daemon import workspaces
+from banger.daemon import turns, workspaces
 from banger.errors import BangerError
+from banger.files import remove_tree
 from banger.rpc import client
+from banger.vm import create as create_module
+from banger.vm import reconcile as reconcile_module
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.watchdog import watchdog
 from fakes.world import EMPTY, KERNEL
+from patience import PATIENCE_S
 
 _MANY = 50
-_PATIENCE_S = 25.0
 
 
 @pytest.fixture
 def banger(templates: Path) -> Iterator[Installation]:
     with installation(templates) as made:
-        with watchdog(_PATIENCE_S, made.loops, made.now.kill):
+        with watchdog(PATIENCE_S, made.loops, made.now.kill):
             yield made
 
 
@@ -99,6 +102,37 @@ def test_watchdog_shows_what_hangs(capfd: pytest.CaptureFixture[str]) -> None:
             loop.run_until_complete(waits_for_ever())
     loop.close()
     assert "await ended.wait()" in capfd.readouterr().err
+
+
+def test_removing_large_disks_holds_nobody_up(banger: Installation, clients: Clients) -> None:
+    """ext4 takes seconds to unlink a file of many extents."""
+    for name in ("web", "db"):
+        create(banger, name)
+    (web,) = [vm for vm in banger.call("vm.list", {}, list[VmRecord]) if vm.name == "web"]
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        if path.name.startswith(create_module.ASIDE):
+            reached.set()
+            assert go.wait(PATIENCE_S)
+        remove_tree(path)
+
+    banger.patch.setattr(create_module, "remove_tree", slow)
+    banger.patch.setattr(reconcile_module, "remove_tree", slow)
+    deleting = clients.start(lambda: banger.call("vm.delete", p.VmRef(vm="web"), r.Deleted))
+    try:
+        assert reached.wait(10)
+        assert states(banger) == {"db": "running"}
+        again = create(banger, "web")
+        assert (again.state, again.id != web.id) == ("running", True)
+        # Whoever looks for what is left over meanwhile does not take it away from under the delete.
+        banger.call("daemon.doctor", p.Doctor(sweep=True), Any)
+        assert not deleting.done()
+    finally:
+        go.set()
+    assert deleting.result(PATIENCE_S).name == "web"
+    assert [path.name for path in banger.world.paths.vms.iterdir() if path.name[0] == "."] == []
+    assert states(banger) == {"db": "running", "web": "running"}
 
 
 # --- distinct VMs ---------------------------------------------------------------------------------
@@ -195,7 +229,7 @@ def slow_start(banger: Installation) -> Iterator[threading.Event]:
     start = banger.world.driver.start
 
     async def wait_and_start(*args: Any, **options: Any) -> None:
-        await asyncio.to_thread(ready.wait, _PATIENCE_S)
+        await asyncio.to_thread(ready.wait, PATIENCE_S)
         await start(*args, **options)
 
     banger.patch.setattr(banger.world.driver, "start", wait_and_start)
@@ -269,7 +303,7 @@ def everything_else_works(banger: Installation) -> None:
 def test_create_that_hangs_holds_nobody_up(banger: Installation, point: str) -> None:
     reached = banger.world.faults.hang_elsewhere(point)
     with banger.ask("vm.create", banger.world.params("stuck")):
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         everything_else_works(banger)
         assert states(banger) == {"stuck": "created"}
     wait_until(lambda: banger.world.census() == EMPTY)
@@ -287,11 +321,11 @@ def test_machine_that_a_stop_has_ended_is_not_said_to_have_ended_by_itself(
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
     assert (shown.state, shown.last_error) == ("stopped", None)
     banger.crash()
-    asking.join(10)
+    asking.join(PATIENCE_S)
 
 
 def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clients) -> None:
@@ -299,7 +333,7 @@ def test_release_that_hangs_holds_up_no_list(banger: Installation, clients: Clie
     vm = create(banger, "web")
     reached = banger.world.faults.hang_elsewhere("host.release")
     banger.world.driver.power_off(vm.id)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     assert states(banger) == {"web": "stopped"}, "it has ended, whatever is left of it"
     shown = banger.call("vm.show", p.VmRef(vm="web"), VmRecord)
     assert (shown.state, shown.last_error) == ("stopped", "the machine ended by itself (status 0)")
@@ -383,14 +417,14 @@ def test_guests_that_take_no_files_hold_nobody_up(banger: Installation, clients:
 
     def stuck(*_: Any) -> Any:
         waiting.release()
-        go.wait(_PATIENCE_S)
+        go.wait(PATIENCE_S)
         raise BangerError("operation_failed", "the guest has gone")
 
     banger.patch.setattr(workspaces, "export_patch", stuck)
     exports = [clients.start(_export, banger, name) for name in names]
     try:
         for _ in names:
-            assert waiting.acquire(timeout=10), "an export waits for another VM's"
+            assert waiting.acquire(timeout=PATIENCE_S), "an export waits for another VM's"
         everything_else_works(banger)
     finally:
         go.set()
@@ -408,16 +442,49 @@ def test_stop_does_not_wait_for_an_export(banger: Installation, clients: Clients
 
     def slow(*_: Any) -> Any:
         reached.set()
-        go.wait(_PATIENCE_S)
+        go.wait(PATIENCE_S)
         raise BangerError("operation_failed", "the guest has gone")
 
     banger.patch.setattr(workspaces, "export_patch", slow)
     exporting = clients.start(_export, banger, "web")
     try:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         second = clients.start(_export, banger, "web")  # waits for the first, on its own
         assert banger.call("vm.stop", p.StopVm(vm="web"), r.Outcome).vm.state == "stopped"
     finally:
         go.set()
     for future in (exporting, second):
         assert isinstance(future.exception(), BangerError)
+
+
+def test_export_whose_client_was_stopped_gives_its_turn_to_those_who_wait(
+    banger: Installation, clients: Clients
+) -> None:
+    """Ctrl-Z, or a pager that waits for a key: nobody's trouble until somebody else is waiting."""
+    create(banger, "web")
+    banger.patch.setattr(turns, "PATIENCE_S", 0.5)
+    began: list[str] = []
+    poured = threading.Event()
+
+    def pour(source: Any, out: Callable[[bytes], object]) -> Any:
+        began.append(source.path)
+        if source.path == "/root/first":
+            while True:
+                out(b"x" * (1 << 16))
+                poured.set()
+        raise BangerError("not_found", "no such directory")
+
+    banger.patch.setattr(workspaces, "export_patch", pour)
+    stopped = client.connect(banger.socket)
+    params = {"vm": "web", "guest_path": "/root/first"}
+    stopped.write_document({"version": 1, "method": "vm.workspace.export", "params": params})
+    try:
+        assert poured.wait(10)
+        wait_until(lambda: bool(banger.operations()))
+        second = clients.start(_export, banger, "web")
+        error = second.exception(PATIENCE_S)
+        assert isinstance(error, BangerError) and error.code == "not_found"
+        assert began == ["/root/first", "/root/x"]
+        wait_until(lambda: not banger.now.daemon.workspace_locks)
+    finally:
+        stopped.close()

@@ -18,6 +18,7 @@ from banger.oci import blobs as blobs_module
 from banger.oci import eviction as eviction_module
 from banger.oci.blobs import BlobStore
 from banger.oci.eviction import evict
+from patience import PATIENCE_S
 
 CONTENTS = [bytes([i]) * 1000 for i in range(8)]
 NAMES = [hashlib.sha256(c).hexdigest() for c in CONTENTS]
@@ -105,14 +106,14 @@ def test_two_evictions_at_once_take_no_more_than_one_would(blobs: Path) -> None:
         start = threading.Barrier(3)
 
         def bring_down() -> None:
-            start.wait(10)  # noqa: B023 - joined below
+            start.wait(PATIENCE_S)  # noqa: B023 - joined below
             evict(blobs, keep_bytes=4000)
 
         threads = [threading.Thread(target=bring_down) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         assert there(blobs) == [4, 5, 6, 7], round_
 
 
@@ -201,10 +202,10 @@ def test_many_pulls_and_evictions_at_once(blobs: Path) -> None:
     for thread in (*pulls, *evictions):
         thread.start()
     for thread in pulls:
-        thread.join(20)
+        thread.join(PATIENCE_S)
     stop.set()
     for thread in evictions:
-        thread.join(20)
+        thread.join(PATIENCE_S)
     assert errors == []
     assert not any(thread.is_alive() for thread in (*pulls, *evictions))
     evict(blobs, keep_bytes=2000)

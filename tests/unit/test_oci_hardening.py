@@ -68,7 +68,7 @@ judged = [
     pytest.mark.skipif(shutil.which("unsquashfs") is None, reason="squashfs-tools is missing"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to unpack owners and devices"),
 ]
-pytestmark = [*judged, pytest.mark.timeout(60)]
+pytestmark = judged
 
 
 def trees(root: Path, *layers: list[Entry], **options: Any) -> list[dict[bytes, Any]]:

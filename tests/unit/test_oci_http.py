@@ -26,6 +26,7 @@ from banger.oci.registry import RegistrySource
 from banger.oci.transfer import Meter, Stalled, Watch
 from fakes.registry import FakeRegistry, fake_registry
 from oci_kit import Entry, build_image, layer_tar
+from patience import PATIENCE_S
 
 NAME = "registry.invalid"
 
@@ -127,7 +128,7 @@ def proxy(registry: FakeRegistry) -> Iterator[Proxy]:
         with contextlib.suppress(OSError):
             s.shutdown(socket.SHUT_RDWR)
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     for s in sockets:
         s.close()
 

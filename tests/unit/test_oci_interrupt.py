@@ -9,6 +9,7 @@ import pytest
 
 from banger.disk.background import Job
 from banger.oci.http import BrokenTransfer, Http
+from patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("ending", ["", "Connection: close\r\n"])
@@ -36,9 +37,9 @@ def test_a_transfer_whose_server_stays_silent_ends_when_it_is_interrupted(
             peer.recv(4096)
             head = f"HTTP/{version} 200 OK\r\nContent-Length: 1000000\r\n{ending}\r\n"
             peer.sendall(head.encode() + b"x" * 70_000)
-            assert begun.wait(10)
+            assert begun.wait(PATIENCE_S)
             http.interrupt()
-            reader.join(10)
+            reader.join(PATIENCE_S)
             assert not reader.is_alive()
         http.close()
     assert len(outcome) == 1

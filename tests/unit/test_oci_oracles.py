@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -26,7 +25,9 @@ from banger.oci.documents import guest_config
 from banger.oci.layout import read_docker_archive, read_layout
 from banger.oci.reference import RegistryReference, parse_reference
 from banger.oci.registry import RegistrySource
+from fakes.loopback import free_port, own_address
 from oci_kit import describe, squash_image, umoci_unpack, unsquash
+from patience import PATIENCE_S
 
 TOOLS = ("docker-registry", "skopeo", "umoci", "unsquashfs")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -34,12 +35,11 @@ MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to unpack owners and devices"),
-    pytest.mark.timeout(120),
 ]
 
 
 def tool(*argv: str | Path) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, f"{argv}: {done.stderr}"
 
 
@@ -86,9 +86,8 @@ def judged(
 @contextlib.contextmanager
 def running_registry(root: Path, settings: str = "") -> Iterator[str]:
     """The address of a docker-registry on a free loopback port, until the block is left."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{s.getsockname()[1]}"
+    host = f"{own_address()}:{free_port(own_address())}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     config = root / "config.yml"
     config.write_text(
         f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root}}}}}\n"
@@ -97,11 +96,11 @@ def running_registry(root: Path, settings: str = "") -> Iterator[str]:
     with (root / "log").open("wb") as log:
         server = subprocess.Popen(["docker-registry", "serve", config], stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             assert server.poll() is None, (root / "log").read_text()
             try:
-                urllib.request.urlopen(f"http://{host}/v2/", timeout=10).close()
+                direct.open(f"http://{host}/v2/", timeout=PATIENCE_S).close()
                 break
             except urllib.error.HTTPError as e:
                 e.close()
@@ -112,7 +111,7 @@ def running_registry(root: Path, settings: str = "") -> Iterator[str]:
         yield host
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

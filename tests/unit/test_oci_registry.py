@@ -22,6 +22,7 @@ from banger.oci.reference import RegistryReference, parse_reference
 from banger.oci.registry import RegistrySource
 from fakes.registry import TOKEN, FakeRegistry, fake_registry
 from oci_kit import Entry, Image, build_image, directory, layer_tar, sha256
+from patience import PATIENCE_S
 
 PIECE = 1 << 20
 
@@ -54,7 +55,7 @@ class Puller:
         self.told: list[str] = []
         self.job.warn = self.told.append  # type: ignore[method-assign]
         self.job.advance = lambda done, total=None, detail="": self.told.append(detail)  # type: ignore[method-assign]
-        self.silence_s = 10.0
+        self.silence_s = PATIENCE_S
 
     def login(self, host: str, user: str, password: str) -> None:
         self.config.write_text(
@@ -434,9 +435,9 @@ def test_a_cancellation_ends_a_transfer_that_stands_still(
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert registry.holding.wait(10)
+    assert registry.holding.wait(PATIENCE_S)
     puller.job.cancel()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert isinstance(outcome[0], JobCancelled)
     assert puller.parts() == []
@@ -458,7 +459,7 @@ def test_two_pulls_at_once_fetch_each_layer_once(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(15)
+        thread.join(PATIENCE_S)
     assert errors == []
     for digest in image.layers:
         assert registry.count(f"/blobs/{digest}") == 1

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from banger.api import operations as o
 from banger.api import params as p
@@ -25,6 +30,7 @@ from banger.rpc import operations as table
 from banger.rpc.operations import Operations
 from fakes.incarnation import Installation, installation, wait_until
 from fakes.world import EMPTY
+from patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -147,7 +153,7 @@ def test_daemon_that_is_killed_leaves_its_client_and_its_successor_honest(
 ) -> None:
     reached = banger.world.faults.hang_elsewhere("host.prepare.reply")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.crash()
         with pytest.raises(BangerError) as caught:
             call.result(VmRecord)
@@ -237,7 +243,7 @@ def test_question_without_an_answer_is_safe_to_repeat(tmp_path: Path) -> None:
 def test_daemon_that_ends_in_order_says_that_it_gave_everything_back(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.restart()
         with pytest.raises(BangerError) as caught:
             call.result(VmRecord)
@@ -269,7 +275,7 @@ def test_detached_create_goes_on_alone_and_is_watched_to_its_end(banger: Install
 def test_progress_of_an_operation_is_shown_while_it_runs(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     made = banger.stream("vm.create", banger.world.params("web", detach=True), o.Detached)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     row = the_operation(banger, "vm.create")
     assert (row.state, row.stage, row.cancellable) == ("running", "launch", True)
     stages: list[str] = []
@@ -289,7 +295,7 @@ def test_progress_of_an_operation_is_shown_while_it_runs(banger: Installation) -
 def test_cancel_is_heard_by_the_client_that_waits(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         ref = o.OperationRef(id=call.reply.op_id or "")
         cancelled = banger.call("daemon.operations.cancel", ref, o.Operation)
         assert cancelled.state == "failed"
@@ -302,7 +308,7 @@ def test_cancel_is_heard_by_the_client_that_waits(banger: Installation) -> None:
 def test_cancel_that_cannot_give_everything_back_says_so(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     made = banger.stream("vm.create", banger.world.params("web", detach=True), o.Detached)
-    assert reached.wait(10)
+    assert reached.wait(PATIENCE_S)
     banger.world.faults.fail("host.release")
     ended = banger.call("daemon.operations.cancel", o.OperationRef(id=made.op_id), o.Operation)
     assert (ended.state, ended.error and ended.error.reason) == ("unknown", "cancelled")
@@ -334,7 +340,7 @@ def test_run_that_is_cancelled_when_its_vm_runs_leaves_none(
     """Its client has no connection yet, and hears that everything was given back."""
     reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"), rm=rm)) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         assert banger.call("vm.list", {}, list[VmRecord])[0].state == "running"
         assert call.cancel() == ""
     row = the_operation(banger, "vm.run")
@@ -347,7 +353,7 @@ def test_run_whose_vm_cannot_be_given_back_says_so(
 ) -> None:
     reached = hang_before_the_connection(monkeypatch)
     with banger.ask("vm.run", p.RunVm(create=banger.world.params("web"))) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.world.faults.fail("host.release")
         ref = o.OperationRef(id=call.reply.op_id or "")
         ended = banger.call("daemon.operations.cancel", ref, o.Operation)
@@ -363,7 +369,7 @@ def test_restart_that_is_cancelled_after_the_stop_says_that_the_vm_does_not_run(
     create(banger)
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.restart", p.StartVm(vm="web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         ref = o.OperationRef(id=call.reply.op_id or "")
         ended = banger.call("daemon.operations.cancel", ref, o.Operation)
         with pytest.raises(BangerError, match="VM web was stopped") as caught:
@@ -385,7 +391,7 @@ def test_restart_whose_start_fails_says_that_the_vm_does_not_run(banger: Install
 def test_daemon_that_ends_in_order_says_what_it_could_not_give_back(banger: Installation) -> None:
     reached = banger.world.faults.hang_elsewhere("driver.start")
     with banger.ask("vm.create", banger.world.params("web")) as call:
-        assert reached.wait(10)
+        assert reached.wait(PATIENCE_S)
         banger.world.faults.fail("host.release")
         banger.restart()
         with pytest.raises(BangerError, match="could not all be given back") as caught:
@@ -469,6 +475,76 @@ def test_journal_survives_torn_lines_and_stays_small(
     again.close()
 
 
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may become longer than that; a write stops there, short, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, -1])
+def test_journal_on_a_full_disk_keeps_whole_lines_and_catches_up_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """`room` -1: for all of the line but its newline."""
+    monkeypatch.setattr(table.time, "time", lambda: 1_700_000_000.0)
+    journal = tmp_path / "journal"
+    operations = Operations(journal)
+    first = operations.begin("op-000001", "vm.stop", p.StopVm(vm="first"))
+    before = journal.read_bytes()
+    if room < 0:
+        room += len(before)  # the next one is as long
+    with room_for(len(before) + room):
+        operations.begin("op-000002", "vm.stop", p.StopVm(vm="secnd"))
+        assert journal.read_bytes() == before
+        operations.begin("op-000003", "vm.stop", p.StopVm(vm="third"))
+        assert journal.read_bytes() == before
+    operations.end(first, "done")
+    operations.begin("op-000004", "vm.stop", p.StopVm(vm="forth"))
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    assert [line["id"][-1] for line in lines if "kind" in line] == ["1", "2", "3", "4"]
+    assert [p.name for p in tmp_path.iterdir()] == ["journal"]
+    operations.close()
+    again = Operations(journal)
+    assert [(row.target, row.state) for row in again.list()] == [
+        ("first", "done"), ("secnd", "unknown"), ("third", "unknown"), ("forth", "unknown"),
+    ]  # fmt: skip
+    again.close()
+
+
+@given(st.integers(0, 999_999), st.integers(-1, 255))
+@settings(max_examples=60, deadline=None)
+def test_journal_that_was_cut_or_damaged_anywhere_is_read_as_far_as_it_is_whole(
+    millionths: int, value: int
+) -> None:
+    """`value` is what one byte becomes; -1: the file ends there."""
+    with tempfile.TemporaryDirectory() as directory:
+        journal = Path(directory, "journal")
+        operations = Operations(journal)
+        for number in range(3):
+            entry = operations.begin(
+                "", "vm.stop", p.StopVm(vm=f"vm-\N{GREEK SMALL LETTER PI}{number}")
+            )
+            operations.end(entry, "done", result={"name": "\N{SNOWMAN}"})
+        operations.close()
+        content = bytearray(journal.read_bytes())
+        at = len(content) * millionths // 1_000_000
+        content[at:] = b"" if value < 0 else bytes([value]) + content[at + 1 :]
+        journal.write_bytes(content)
+        again = Operations(journal)
+        rows = again.list()
+        assert len(rows) >= (content[:at].count(b"\n") if value < 0 else 4) // 2
+        added = again.begin("", "vm.start", p.StartVm(vm="added"))
+        again.close()
+        last = Operations(journal)
+        assert last.list()[-1].id == added.id and len(last.list()) == len(rows) + 1
+        last.close()
+
+
 def test_journal_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
     operations = Operations(tmp_path / "absent" / "journal")
     operations.end(operations.begin("", "vm.stop", p.StopVm(vm="web")), "done")
@@ -491,11 +567,11 @@ def interrupted(banger: Installation, point: str | None) -> KeyboardInterrupt:
     with pytest.raises(KeyboardInterrupt) as caught:
         with banger.ask("vm.create", banger.world.params("web")):
             if reached is not None:
-                assert reached.wait(10)
+                assert reached.wait(PATIENCE_S)
             else:
                 wait_until(lambda: banger.operations() and banger.operations()[0].done)
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(10)
+            threading.Event().wait(PATIENCE_S)
     return caught.value
 
 

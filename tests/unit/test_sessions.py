@@ -22,6 +22,7 @@ from banger.rpc.frames import FrameType
 from banger.session import sessions
 from fakes.agent import TOKEN, Agent, running_agent
 from fakes.talk import Talk, end_sessions
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -58,7 +59,7 @@ async def start(guest: GuestClient, *argv: str, name: str = "one", **more: Any) 
 
 async def ended(guest: GuestClient, name: str = "one") -> Session:
     """The session once it has ended."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := await sessions.show(guest, "web", name)).live:
             await asyncio.sleep(0.01)
     return now
@@ -127,7 +128,7 @@ async def test_stop_ends_in_order_and_kill_at_once(guest: GuestClient, agent: Ag
     script = "trap 'echo bye; exit 7' TERM; echo ready; while :; do sleep 0.02; done"
     await start(guest, "sh", "-c", script)
     Talk(agent, "session.logs", name="one", follow=True).read(b"ready")
-    now = await sessions.stop(guest, "web", "one", timeout_s=10)
+    now = await sessions.stop(guest, "web", "one", timeout_s=PATIENCE_S)
     assert (now.state, now.code) == ("exited", 7)
     assert logs(agent)[0] == b"ready\nbye\n"
     await start(guest, "sh", "-c", "trap '' TERM; echo ready; sleep 60 & wait", name="two")
@@ -207,7 +208,7 @@ async def test_attach_shows_the_past_takes_input_and_returns_the_status(
     second = Talk(agent, "session.attach", name="one")
     assert second.reply["error"]["reason"] == "in_use"
     first.sock.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await sessions.show(guest, "web", "one")).attached:
             await asyncio.sleep(0.01)
     third = Talk(agent, "session.attach", name="one")
@@ -296,7 +297,7 @@ async def test_session_whose_supervisor_was_killed_is_lost(
     session = await start(guest, "sleep", "60")
     supervisor = int(Path(f"/proc/{session.pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(supervisor, signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await sessions.show(guest, "web", "one")).state != "lost":
             await asyncio.sleep(0.01)
     await sessions.remove(guest, "one")

@@ -15,6 +15,7 @@ import pytest
 from banger.rpc.frames import FrameType
 from fakes.agent import Agent, running_agent
 from fakes.talk import Talk, end_sessions
+from patience import PATIENCE_S
 
 _MOST_KB = 40 << 10  # Go's own heap and the frames on their way are some 20 MB
 _SIZE = 100 << 20
@@ -61,7 +62,7 @@ def test_reader_that_stops_reading_costs_nothing_and_misses_only_what_is_counted
     slow = [Talk(agent, "session.logs", name="one", follow=True) for _ in range(3)]
     (agent.directory / "go").write_text("\n")
     heads = [reader.next()[1] for reader in slow]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while _status(agent)["logs"]["stdout"]["end"] < _SIZE:  # type: ignore[index]
         assert time.monotonic() < deadline
     assert _peak_kb(supervisor) < _MOST_KB
@@ -92,7 +93,7 @@ def test_slow_reader_of_a_command_slows_the_command_and_costs_nothing(agent: Age
 
 def test_tail_of_millions_of_single_bytes_costs_nothing(agent: Agent) -> None:
     _start(agent, "true")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while _status(agent)["state"] != "exited":
         assert time.monotonic() < deadline
     (directory,) = (p.parent for p in agent.directory.glob("sessions/*/status.json"))

@@ -23,6 +23,7 @@ from banger.ssh.client_config import (
     remove_block,
 )
 from fakes.command_line import CommandLine
+from patience import PATIENCE_S
 
 
 def meaning(config: Path, host: str) -> dict[str, str]:
@@ -31,7 +32,11 @@ def meaning(config: Path, host: str) -> dict[str, str]:
     if program is None:
         pytest.skip("ssh is not installed here")
     done = subprocess.run(
-        [program, "-G", "-F", config, host], check=True, capture_output=True, text=True, timeout=30
+        [program, "-G", "-F", config, host],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
 
@@ -267,7 +272,7 @@ def test_the_proxy_of_the_stanza_is_a_command_of_ours(cli: CommandLine, home: Pa
     assert command.endswith("banger.cli.entry internal agent-proxy %n 22")
     words = subprocess.run(
         ["sh", "-c", command.replace(" %n 22", " --help").replace("%%", "%")],
-        check=True, capture_output=True, text=True, timeout=30,
+        check=True, capture_output=True, text=True, timeout=PATIENCE_S,
     ).stdout  # fmt: skip
     assert "agent-proxy" in words
 

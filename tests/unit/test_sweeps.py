@@ -14,13 +14,15 @@ import msgspec
 import pytest
 
 from banger.api.records import VmRecord
-from banger.daemon import clock
-from banger.daemon.clock import Reading, find_jump
 from banger.daemon.sweeps import CONSOLE_KEPT, CONSOLE_MOST, Sweeps
 from banger.errors import BangerError
 from banger.files import aside, bound_file
+from banger.host import clock
+from banger.host.clock import Reading, find_jump
 from banger.units import GIB, MIB
 from banger.vm import idle, observe, space
+from banger.vm import start as start_module
+from banger.vm.plan import StartPlan
 from banger.vm.stop import stop
 from fakes.world import World
 
@@ -89,6 +91,54 @@ async def test_guests_are_told_the_time_once_after_the_host_slept(world: World) 
     await loop.check_clocks()
     await loop.check_clocks()
     assert [world.driver.guests[vm.id].asked for vm in vms] == [["time"], ["time"]]
+
+
+@pytest.mark.asyncio
+async def test_guest_that_boots_while_the_host_sleeps_is_told_the_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told when it announced itself. Then the host sleeps, and somebody asks for something:
+    all are told but this one, which is in no record as running yet."""
+    clocks = Clocks()
+    monkeypatch.setattr(clock, "read_clocks", clocks)
+    loop = sweeps(world, clocks)
+    ready = start_module._ready
+
+    async def then_sleep(announced: Any, exited: Any, plan: StartPlan, start: int) -> Any:
+        announcement = await ready(announced, exited, plan, start)
+        world.driver.guests[plan.vm.id].answers["time"] = {"result": {}}
+        clocks.reading = later(s=5, slept_s=8000)
+        await loop.check_clocks()
+        return announcement
+
+    monkeypatch.setattr(start_module, "_ready", then_sleep)
+    vm = await world.create()
+    assert world.driver.guests[vm.id].asked == ["time"]
+    await loop.check_clocks()
+    assert world.driver.guests[vm.id].asked == ["time"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_guests_that_are_adopted_are_told_the_time_if_the_host_slept_without_a_daemon(
+    world: World, damaged: bool
+) -> None:
+    vm = await world.create()
+    guest = world.driver.guests[vm.id]
+    guest.answers["time"] = {"result": {}}
+    clocks, kept = Clocks(), world.paths.clocks
+    first = Sweeps(world.ctx, helper_log=None, kept=kept, read_clocks=clocks)
+    await first.check_clocks()
+    await world.crash()
+    if damaged:
+        kept.write_bytes(b'{"monotonic_s":\xff')
+    clocks.reading = later(s=5, slept_s=8000)
+    for _ in range(2):
+        # The second daemon finds that the first one has told them.
+        following = Sweeps(world.ctx, helper_log=None, kept=kept, read_clocks=clocks)
+        await following.check_clocks()
+        assert guest.asked == ([] if damaged else ["time"])
+        await world.crash()
 
 
 @pytest.mark.asyncio

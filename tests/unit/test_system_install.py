@@ -31,8 +31,6 @@ from fakes.systemctl import Systemctl
 ROOT = Path(__file__).parents[2]
 IS_ROOT = os.geteuid() == 0
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,7 @@ from banger.workspace.options import Mode, ShipOptions
 from banger.workspace.tool_files import read_tool_files
 from banger.workspace.tooling import ToolPlan, describe, plan_tools
 from fakes.world import World
+from patience import PATIENCE_S
 from workspace_kit import git, make_repository, write
 
 
@@ -161,7 +162,12 @@ class Mise:
         argv = ["sh", "-c", bootstrap._SCRIPT, "tooling", self.log, self.repository,
                 str(configured), plan, *tools]  # fmt: skip
         return subprocess.run(
-            argv, capture_output=True, text=True, timeout=20, env={"PATH": self.path}, check=False
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            env={"PATH": self.path},
+            check=False,
         )
 
     def calls(self) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,8 @@ from tests.smoke.machine import Machine
 from tests.smoke.registry import Deal, Kind, Scenario, all_scenarios, choose
 from tests.smoke.report import HostLog, Report
 from tools.steps import ROOT
+
+from patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,17 +212,30 @@ def test_the_number_of_hosts_follows_processors_and_memory(
     assert jobs(1, 2) == 1
 
 
-@pytest.mark.parametrize(
-    ("script", "frozen"),
-    [("exec sleep 60", True), ("while :; do :; done", False)],
-    ids=["a processor that stands still", "one that works"],
-)
-def test_a_host_whose_processor_stands_still_is_known(
-    report: Report, tmp_path: Path, script: str, frozen: bool
-) -> None:
-    machine = Machine(1, ["sh", "-c", script], Deal([]), report, tmp_path, 3, patience_s=1)
+def test_a_host_whose_processor_stands_still_is_known(report: Report, tmp_path: Path) -> None:
+    machine = Machine(1, ["sleep", "3600"], Deal([]), report, tmp_path, PATIENCE_S, patience_s=0.5)
     machine.run()
-    assert machine.frozen == frozen
+    assert machine.frozen
+
+
+def test_a_host_that_works_is_not_taken_for_one_that_stands_still(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much a real one gets of a busy machine's processors is not told beforehand."""
+    working = Machine(
+        1, ["sh", "-c", "while :; do :; done"], Deal([]), report, tmp_path, PATIENCE_S
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while working._processor_ticks() < 10:
+        assert time.monotonic() < deadline
+    ticks = itertools.count(step=3)
+    monkeypatch.setattr(Machine, "_processor_ticks", lambda _: next(ticks))
+    limit = threading.Timer(2, working.stop)
+    limit.start()
+    working._patience_s = 0.5
+    working.run()
+    limit.join()
+    assert not working.frozen
 
 
 # A host that is killed when it asks for it, and asks for work again when it is booted anew.

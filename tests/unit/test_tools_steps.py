@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tools import steps
 from tools.steps import Step, StepFailed, run_steps
+
+from patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,7 +140,7 @@ def test_a_second_set_up_waits_for_the_first(work: Work, tmp_path: Path) -> None
         second.start()
         second.join(0.2)
         waiting = second.is_alive() and work.calls == 0
-    second.join(10)
+    second.join(PATIENCE_S)
     assert waiting
     assert work.calls == 1
 
@@ -177,7 +179,30 @@ def test_ctrl_c_waits_for_a_program_that_ends_by_itself(tmp_path: Path) -> None:
     ready.read_text()
     os.killpg(parent.pid, signal.SIGINT)
     ready.write_text("go on\n")
-    assert parent.wait(15) != 0
+    assert parent.wait(PATIENCE_S) != 0
+    assert ended.exists()
+
+
+def test_ctrl_c_in_the_middle_of_a_start_waits_for_the_program_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program runs already, and nobody has noted its number yet."""
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    ended = tmp_path / "ended"
+    go_on = tmp_path / "go on"
+    monkeypatch.setattr(steps, "LOGS", tmp_path)
+    monkeypatch.setattr(steps.subprocess, "Popen", Interrupted)
+    timer = threading.Timer(0.2, go_on.touch)
+    timer.start()
+    script = f"until [ -e '{go_on}' ]; do sleep 0.01; done; touch {ended}"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(["sh", "-c", script], log="child")
+    timer.join()
     assert ended.exists()
 
 

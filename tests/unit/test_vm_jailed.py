@@ -14,6 +14,7 @@ from banger.errors import BangerError
 from banger.vm.handles import write_handles
 from banger.vm.stop import delete, stop
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -81,7 +82,7 @@ async def test_a_launch_that_fails_or_whose_answer_is_lost_leaves_nothing(
 async def test_a_daemon_killed_while_the_helper_launches_leaves_nothing(jailed: World) -> None:
     reached = jailed.faults.hang("host.launch.reply")
     jailed.leave(jailed.create())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await reached.wait()
     await jailed.crash()
     assert jailed.census() == EMPTY

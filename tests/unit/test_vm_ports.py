@@ -24,6 +24,7 @@ from banger.guest.endpoint import TcpEndpoint, connect
 from banger.guest.web import find_scheme
 from banger.vm.ports import build_row, ports
 from fakes.world import World
+from patience import PATIENCE_S
 
 WEB = VmRecord(
     id="0" * 32, name="web", state="running", image_id="1" * 32, image="debian", kernel="k",
@@ -185,10 +186,10 @@ def saying(words: bytes, *, first: bool = False) -> Answer:
 
 
 def to(port: int) -> Callable[[], Awaitable[socket.socket]]:
-    return lambda: connect(TcpEndpoint(address="127.0.0.1", port=port), timeout_s=10)
+    return lambda: connect(TcpEndpoint(address="127.0.0.1", port=port), timeout_s=PATIENCE_S)
 
 
-async def scheme(port: int, timeout_s: float = 15) -> str | None:
+async def scheme(port: int, timeout_s: float = PATIENCE_S) -> str | None:
     return await find_scheme(to(port), f"web.vm:{port}", timeout_s=timeout_s)
 
 
@@ -257,7 +258,7 @@ async def test_a_silent_server_costs_its_time_and_no_more() -> None:
 
     async with serving(silent) as port:
         assert await scheme(port, timeout_s=0.1) is None
-        await asyncio.wait_for(heard.wait(), 15)  # the connection was closed
+        await asyncio.wait_for(heard.wait(), PATIENCE_S)  # the connection was closed
 
 
 @pytest.mark.asyncio

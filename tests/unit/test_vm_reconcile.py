@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from banger.config.paths import VmPaths
 from banger.errors import BangerError
 from banger.files import remove_tree
 from banger.host.lease import LeasePlan
-from banger.host.vmm_process import is_alive, kill_vmm
+from banger.host.vmm_process import find_process, is_alive, kill_vmm
 from banger.vm import reconcile as reconcile_module
 from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.handles import write_handles
@@ -23,6 +25,7 @@ from banger.vm.reconcile import reconcile
 from banger.vm.stop import delete, kill, stop
 from fakes.guest import announce
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -43,7 +46,7 @@ async def test_end_of_an_adopted_vm_is_noticed(world: World) -> None:
     world.driver.power_off(vm.id)
     import asyncio
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while world.store.resolve("web").state == "running":
             await asyncio.sleep(0.002)
     assert world.census()["leases"] == []
@@ -116,7 +119,7 @@ async def test_lease_that_was_made_before_its_handles_is_released(world: World) 
     assert world.census()["leases"] == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "without its process"])
+@pytest.mark.parametrize("damage", ["cut", "no text", "missing", "without its process"])
 async def test_machine_whose_handles_are_lost_is_adopted_by_its_lease(
     world: World, damage: str
 ) -> None:
@@ -125,6 +128,8 @@ async def test_machine_whose_handles_are_lost_is_adopted_by_its_lease(
     match damage:
         case "cut":
             path.write_bytes(b'{"vmm":"fire')
+        case "no text":
+            path.write_bytes(path.read_bytes().replace(b"tap-fc", b"tap-\xff\xfe"))
         case "missing":
             path.unlink()
         case _:
@@ -339,6 +344,41 @@ async def test_process_that_took_over_the_pid_is_not_mistaken_for_the_machine(
     await world.crash()
     assert world.store.resolve("web").state == "stopped"
     assert is_alive(process)
+
+
+async def test_process_of_another_boot_is_not_mistaken_for_the_machine(world: World) -> None:
+    """The state directory outlives a reboot, and with it what was noted of a machine."""
+    vm = await world.create()
+    handles = world.handles(vm)
+    assert handles.process is not None
+    await world.ctx.close()
+    await kill_vmm(handles.process, None)
+    world.host.leases.clear()
+    bystander = subprocess.Popen(["sleep", "1000"], cwd="/")
+    try:
+        stranger = find_process(bystander.pid)
+        assert stranger is not None
+        then = msgspec.structs.replace(stranger, boot_id="0b0d3b5e-5d3a-4a5c-8f2e-000000000000")
+        noted = msgspec.structs.replace(handles, process=then, cgroup=None)
+        write_handles(world.paths.vm(vm.id), noted)
+        await world.crash()
+        assert world.store.resolve("web").state == "stopped"
+        assert world.census()["handles"] == []
+        assert is_alive(stranger)
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+async def test_handles_that_were_written_without_a_boot_are_still_good(world: World) -> None:
+    vm = await world.create()
+    path = world.paths.vm(vm.id).handles
+    document = json.loads(path.read_bytes())
+    assert document["process"].pop("boot_id")
+    path.write_text(json.dumps(document))
+    await world.crash()
+    assert is_live(world.ctx, vm) and not world.ctx.undecided
+    assert json.loads(path.read_bytes()) == document
 
 
 async def test_announcement_is_believed_only_with_the_token_of_an_expected_vm(

@@ -30,6 +30,7 @@ from fakes.driver import PANIC, Boot
 from fakes.faults import broken
 from fakes.guest import BOOT_ID, announce
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
@@ -424,7 +425,7 @@ async def test_create_that_is_cancelled_while_its_disks_are_made_leaves_nothing(
 
     def slow(*args: Any) -> Any:
         arrived.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return real(*args)
 
     monkeypatch.setattr(start_module, function, slow)
@@ -603,11 +604,13 @@ async def test_start_that_fails_after_an_unseen_end_leaves_no_row_that_says_runn
 ) -> None:
     vm = await world.create()
     async with world.ctx.locked(vm.id):
+        vm = world.store.update(vm.id, paused="no room")
         await end_unseen(world, vm)
         world.driver.boots.append("dies")
         with pytest.raises(BangerError, match="Kernel panic"):
             await start(world.ctx, vm, Silent(), allow_overcommit=False)
-    assert world.store.resolve("web").state == "stopped"
+    vm = world.store.resolve("web")
+    assert (vm.state, vm.paused) == ("stopped", None)
 
 
 async def test_machine_that_ended_while_it_was_paused_is_not_paused_at_its_next_start(

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from banger.api.records import VmRecord
 from banger.errors import BangerError
+from banger.files import remove_tree
 from banger.host.vmm_process import is_alive, kill_vmm
 from banger.vm import create as create_module
 from banger.vm.cleanup import as_it_is, is_live
 from banger.vm.stop import check_signal, delete, kill, stop
 from fakes.world import EMPTY, World
+from patience import PATIENCE_S
 
 pytestmark = pytest.mark.asyncio
 
 
 async def until_stopped(world: World, vm: VmRecord) -> VmRecord:
     """Wait until somebody has noticed that the machine ended."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (now := world.store.resolve(vm.id)).state == "running":
             await asyncio.sleep(0.002)
     return now
@@ -318,7 +322,7 @@ async def test_a_deletion_that_dies_half_way_leaves_no_vm_without_its_disks(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("banger.vm.create.remove_tree", die)
+        context.setattr("banger.vm.create.sync_directory", die)
         with pytest.raises(KeyboardInterrupt):
             await delete(world.ctx, vm)
     # Nothing was removed yet: it is there, and can be deleted.
@@ -326,6 +330,30 @@ async def test_a_deletion_that_dies_half_way_leaves_no_vm_without_its_disks(
     assert world.paths.vm(vm.id).directory.exists()
     await world.crash()
     await delete(world.ctx, world.store.resolve("web"))
+    assert world.census() == EMPTY
+
+
+async def test_a_deletion_that_is_cancelled_while_its_disks_go_ends_when_they_are_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create(start=False)
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> None:
+        reached.set()
+        assert go.wait(10)
+        remove_tree(path)
+
+    monkeypatch.setattr(create_module, "remove_tree", slow)
+    forgetting = asyncio.create_task(create_module.forget_vm(world.ctx, vm))
+    assert await asyncio.to_thread(reached.wait, 10)
+    for _ in range(3):
+        forgetting.cancel()
+        await asyncio.sleep(0)
+    assert not forgetting.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await forgetting
     assert world.census() == EMPTY
 
 

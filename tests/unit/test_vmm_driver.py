@@ -19,6 +19,7 @@ from banger.vmm.driver import (
 from banger.vmm.firecracker import FirecrackerDriver
 from banger.vmm.qemu import QemuDriver
 from fakes.vmm import USER, listening, make_machine
+from patience import PATIENCE_S
 
 FIRECRACKER = FirecrackerDriver(program=Path("/opt/firecracker"), version="1.12.1")
 QEMU = QemuDriver(
@@ -82,7 +83,7 @@ async def test_a_vmm_that_ends_before_its_socket_is_there_is_noticed(
     await asyncio.sleep(0)
     exited.set()
     with pytest.raises(BangerError) as failed:
-        await asyncio.wait_for(start, 5)
+        await asyncio.wait_for(start, PATIENCE_S)
     assert failed.value.reason == "vmm_exited"
 
 
@@ -175,7 +176,7 @@ async def test_waiting_outlasts_a_socket_on_which_nobody_listens_yet(tmp_path: P
         await asyncio.sleep(0.02)
         assert not waiting.done()
         early.listen()
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, PATIENCE_S)
 
 
 def test_what_an_earlier_vmm_left_is_removed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from banger.errors import BangerError
 from banger.vmm import firecracker_api
 from banger.vmm.firecracker import FirecrackerDriver, build_documents, make_links
 from fakes.vmm import TAP, VM_ID, Answer, listening, make_machine
+from patience import PATIENCE_S
 
 DRIVER = FirecrackerDriver(program=Path("/opt/firecracker"), version="1.12.1")
 NO_CONTENT = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
@@ -100,7 +101,7 @@ async def test_every_document_is_sent_once_and_in_order(tmp_path: Path) -> None:
 
     machine = make_machine(runtime=tmp_path, vsock_cid=1030)
     async with listening(tmp_path / "api.sock", answer):
-        await DRIVER.start(machine, asyncio.Event(), timeout_s=5)
+        await DRIVER.start(machine, asyncio.Event(), timeout_s=PATIENCE_S)
     assert got == [(f"PUT {path} HTTP/1.1", doc) for path, doc in build_documents(machine)]
 
 
@@ -120,7 +121,9 @@ async def test_a_refusal_names_the_document_and_firecrackers_words(
 
     async with listening(tmp_path / "api.sock", answer):
         with pytest.raises(BangerError) as failed:
-            await DRIVER.start(make_machine(runtime=tmp_path), asyncio.Event(), timeout_s=5)
+            await DRIVER.start(
+                make_machine(runtime=tmp_path), asyncio.Event(), timeout_s=PATIENCE_S
+            )
     assert failed.value.reason == "vmm_refused"
     assert refused in failed.value.message
     assert "The thing is wrong." in failed.value.message

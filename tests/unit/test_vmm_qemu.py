@@ -17,6 +17,7 @@ from banger.errors import BangerError
 from banger.vmm.machine import Machine
 from banger.vmm.qemu import QemuDriver, escape
 from fakes.vmm import TAP, USER, VM_ID, listening, make_machine
+from patience import PATIENCE_S
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\n'
 
@@ -202,7 +203,7 @@ async def _serve_status(status: dict[str, object], tmp_path: Path) -> None:
         writer.write(json.dumps({"return": status}).encode() + b"\n")
 
     async with listening(tmp_path / "api.sock", answer):
-        await driver().start(make_machine(runtime=tmp_path), asyncio.Event(), timeout_s=5)
+        await driver().start(make_machine(runtime=tmp_path), asyncio.Event(), timeout_s=PATIENCE_S)
 
 
 @pytest.mark.asyncio

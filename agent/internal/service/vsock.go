@@ -2,6 +2,7 @@ package service
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"syscall"
@@ -15,6 +16,11 @@ const (
 	afVsock = 40
 	anyCID  = 0xffffffff
 	hostCID = 2
+	// vsockWrite is what one write to a vsock takes. More than 32 KiB with the kernel's own overhead
+	// becomes a packet in several pieces (Linux 6.12.y and 6.17, virtio_vsock_alloc_skb), and a
+	// Firecracker before 1.14 sends the first of them again when the host's socket has no room for
+	// the second: the host would get data twice (its issue 5475).
+	vsockWrite = 28 << 10
 )
 
 // sockaddrVM is struct sockaddr_vm (include/uapi/linux/vm_sockets.h), 16 bytes.
@@ -28,6 +34,25 @@ type sockaddrVM struct {
 // vsockConn is a connected vsock. Package net refuses the family; a non-blocking file works with
 // the runtime's poller, deadlines included.
 type vsockConn struct{ *os.File }
+
+// Write implements io.Writer in packets that the kernel keeps in one piece. Writers at the same
+// time have a lock of their own.
+func (c vsockConn) Write(p []byte) (int, error) {
+	sent := 0
+	for {
+		n, err := c.File.Write(p[sent:min(sent+vsockWrite, len(p))])
+		sent += n
+		if err != nil || sent == len(p) {
+			return sent, err
+		}
+	}
+}
+
+// ReadFrom implements io.ReaderFrom by Write: the file's own would have the kernel move pages, in
+// packets of its choice.
+func (c vsockConn) ReadFrom(r io.Reader) (int64, error) {
+	return io.Copy(struct{ io.Writer }{c}, r)
+}
 
 // CloseWrite ends this side's data.
 func (c vsockConn) CloseWrite() error {

@@ -1,15 +1,12 @@
 package session
 
 import (
-	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
-	"banger/agent/internal/command"
 	"banger/agent/internal/wire"
 )
 
@@ -122,24 +119,7 @@ func (s *Store) follow(r *Record, m *merged, live bool, gone <-chan struct{},
 // Errors: those of CheckAttach; of the connection.
 func (s *Store) Attach(r *Record, held *os.File, in *wire.FrameReader, out *wire.FrameWriter) error {
 	defer held.Close()
-	gone := make(chan struct{})
-	input := &sender{store: s, record: r, out: out}
-	go func() {
-		defer close(gone)
-		for {
-			kind, payload, err := in.Read()
-			if err == nil {
-				err = input.handle(kind, payload)
-			}
-			if err != nil {
-				var bad *wire.Error
-				if errors.As(err, &bad) {
-					_ = out.WriteJSON(wire.Failure, bad)
-				}
-				return
-			}
-		}
-	}()
+	input := s.startInput(r, in, out, false)
 	dir := filepath.Join(s.Dir, r.ID)
 	from, err := findRecent(dir)
 	if err != nil {
@@ -147,12 +127,21 @@ func (s *Store) Attach(r *Record, held *os.File, in *wire.FrameReader, out *wire
 	}
 	m := newMerged(dir, "", from, false)
 	defer m.close()
-	if _, err := s.follow(r, m, true, gone, out.Write); err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil // the client has detached
+	if _, err := s.follow(r, m, true, input.gone, out.Write); err != nil {
+		var bad *wire.Error
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			// Who cannot be written to has left, and what it had sent is still on its way.
+			select {
+			case <-input.gone:
+			case <-time.After(lastWords):
+			}
+			return err
+		} else if errors.As(input.failure, &bad) {
+			return bad
 		}
-		return err
+		return nil // the client has detached
 	}
+	input.stop()
 	now, err := s.read(r.ID)
 	if err != nil {
 		return err
@@ -179,7 +168,7 @@ func (s *Store) CheckAttach(name string) (*Record, *os.File, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	held, err := lock(filepath.Join(s.Dir, r.ID), attachFile, false)
+	held, err := lock(filepath.Join(s.Dir, r.ID), attachFile)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -189,127 +178,4 @@ func (s *Store) CheckAttach(name string) (*Record, *os.File, error) {
 		return nil, nil, e
 	}
 	return r, held, nil
-}
-
-// CheckInput tells whether a session takes input.
-//
-// Errors: as CheckAttach, but in_use.
-func (s *Store) CheckInput(name string) error {
-	_, err := s.withInput(name)
-	return err
-}
-
-func (s *Store) withInput(name string) (*Record, error) {
-	r, err := s.Find(name)
-	if err != nil {
-		return nil, err
-	}
-	if r.Stdin != Pipe {
-		e := wire.Errorf(wire.BadRequest, "session %s was started without an input", r.Name)
-		e.Hint = "banger vm session start --stdin-mode pipe"
-		return nil, e
-	}
-	if !r.Live() {
-		return nil, wire.Errorf(wire.NotRunning, "session %s has ended (%s)", r.Name, r.State)
-	}
-	return r, nil
-}
-
-// Send carries one message, all stdin frames up to stdin_close, to a session's input. Messages of
-// several clients follow each other whole.
-//
-// Errors: as CheckAttach, but in_use; not_running when the session ends before it has taken all.
-func (s *Store) Send(name string, end bool, in *wire.FrameReader, out *wire.FrameWriter) (int64, error) {
-	r, err := s.withInput(name)
-	if err != nil {
-		return 0, err
-	}
-	dir := filepath.Join(s.Dir, r.ID)
-	held, err := lock(dir, sendFile, true)
-	if err != nil {
-		return 0, err
-	}
-	defer held.Close()
-	input := &sender{store: s, record: r, out: out, locked: true}
-	for {
-		kind, payload, err := in.Read()
-		if err == nil && kind == wire.StdinClose {
-			break
-		}
-		if err == nil {
-			err = input.handle(kind, payload)
-		}
-		if err != nil {
-			return input.sent, err
-		}
-	}
-	if end {
-		return input.sent, s.control(r, controlMessage{End: true})
-	}
-	return input.sent, nil
-}
-
-// sender writes a client's frames to a session.
-type sender struct {
-	store  *Store
-	record *Record
-	out    *wire.FrameWriter
-	locked bool
-	sent   int64
-}
-
-func (c *sender) handle(kind byte, payload []byte) error {
-	switch kind {
-	case wire.Stdin:
-		if err := c.write(payload); err != nil {
-			return err
-		}
-		c.sent += int64(len(payload))
-		return c.out.WriteCredit(len(payload))
-	case wire.StdinClose:
-		// The client has no more input; the session's own goes on for others.
-		return nil
-	case wire.Resize:
-		var size command.Size
-		if err := json.Unmarshal(payload, &size); err != nil {
-			return wire.Errorf(wire.BadRequest, "resize frame: %v", err)
-		}
-		return ignoreEnded(c.store.control(c.record, controlMessage{Resize: &size}))
-	default:
-		return wire.Errorf(wire.BadRequest, "session: unexpected frame of type 0x%02x", kind)
-	}
-}
-
-// write puts data into the FIFO, one message at a time. It waits while the command does not read,
-// and gives up when the session ends.
-func (c *sender) write(data []byte) error {
-	dir := filepath.Join(c.store.Dir, c.record.ID)
-	if !c.locked {
-		held, err := lock(dir, sendFile, true)
-		if err != nil {
-			return err
-		}
-		defer held.Close()
-	}
-	f, err := os.OpenFile(filepath.Join(dir, stdinFIFO), os.O_WRONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return c.ended()
-	}
-	defer f.Close()
-	if _, err := f.Write(data); err != nil {
-		return c.ended()
-	}
-	return nil
-}
-
-func (c *sender) ended() error {
-	return wire.Errorf(wire.NotRunning, "session %s has ended", c.record.Name)
-}
-
-func ignoreEnded(err error) error {
-	var e *wire.Error
-	if errors.As(err, &e) && e.Code == wire.NotRunning {
-		return nil
-	}
-	return err
 }

@@ -41,7 +41,7 @@ func Supervise(dir string) error {
 	syscall.CloseOnExec(readyFD)
 	ready := os.NewFile(readyFD, "ready")
 	defer ready.Close()
-	held, err := lock(dir, lockFile, false)
+	held, err := lock(dir, lockFile)
 	if err != nil {
 		return err
 	}

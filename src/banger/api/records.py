@@ -42,10 +42,12 @@ class Bootstrap(Wire, frozen=True, kw_only=True):
 
 
 class OwnerProcess(Wire, frozen=True, kw_only=True):
-    """The command that an ephemeral VM belongs to, known by pid and start time (clock ticks)."""
+    """The command that an ephemeral VM belongs to, known by pid and start time (clock ticks)
+    of a boot; None in rows of a banger that did not note it."""
 
     pid: int
     start_time: int
+    boot_id: str | None = None
 
 
 class VmRecord(Wire, frozen=True, kw_only=True):

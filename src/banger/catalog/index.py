@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger import files, minisign
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.names import check_entry_name
 from banger.units import GIB
@@ -108,10 +109,10 @@ def parse_index(data: bytes, *, what: str) -> Index:
         BangerError: operation_failed, reason bad_index: unknown schema, or no valid index.
     """
     try:
-        schema = msgspec.json.decode(data, type=_Head).schema
+        schema = decode_json(data, type=_Head).schema
         if schema != SCHEMA:
             raise ValueError(f"it has the schema {schema}, and this banger knows {SCHEMA} only")
-        return msgspec.json.decode(data, type=Index)
+        return decode_json(data, type=Index)
     except (msgspec.DecodeError, ValueError, RecursionError, BangerError) as e:
         raise bad_index(f"reading {what}: {e}") from e
 

@@ -26,8 +26,9 @@ from banger.catalog.index import (
     bad_index,
     verify_index,
 )
+from banger.decoding import decode_json
 from banger.disk.space import require_space
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.minisign import PublicKey, parse_public_key
 from banger.oci.http import Http, place
 from banger.units import format_size
@@ -144,8 +145,8 @@ def read_manifest(directory: Path, kind: type[T], *, what: str) -> T:
     try:
         if path.stat().st_size > _MOST_MANIFEST_BYTES:
             raise ValueError("its manifest is too large")
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as e:
+        return decode_json(path.read_bytes(), type=kind)
+    except (OSError, *MALFORMED) as e:
         raise bad_bundle(f"reading {what}", e) from e
 
 
@@ -166,10 +167,10 @@ def _signature_url(url: str) -> str:
 
 def _read_seen(path: Path) -> dict[str, int]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, int])
+        return decode_json(path.read_bytes(), type=dict[str, int])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         # Not an empty one: then an old index could come back.
         raise BangerError(
             "operation_failed",

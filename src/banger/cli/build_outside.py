@@ -9,12 +9,11 @@ from __future__ import annotations
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from banger.api import params as p
 from banger.api.envelope import WireError
 from banger.config.program import module_command
 from banger.config.target import choose_paths
+from banger.decoding import convert, decode_json
 from banger.errors import BangerError
 
 if TYPE_CHECKING:
@@ -48,9 +47,9 @@ def build_outside(refusal: BangerError, params: Any, on_event: OnEvent) -> None:
     ended = False
     try:
         for line in builder.stdout:
-            event = msgspec.json.decode(line)
+            event = decode_json(line, dict[str, Any])
             if "error" in event:
-                error = msgspec.convert(event["error"], type=WireError).exception()
+                error = convert(event["error"], type=WireError).exception()
             elif "result" in event:
                 ended = True
             else:

@@ -27,6 +27,7 @@ from banger.catalog.index import (
 )
 from banger.cli.draw import print_json, progress
 from banger.cli.server import Server
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.files import sync_directory, sync_file
 from banger.units import format_size
@@ -99,7 +100,7 @@ def export(
                 digest.update(chunk)
                 size += len(chunk)
                 f.write(chunk)
-            done = msgspec.json.decode(call.result_payload, type=Exported)
+            done = decode_json(call.result_payload, type=Exported)
         file = output / bundle_name(done.name, done.arch, digest.hexdigest())
         entry = IndexEntry(
             **msgspec.structs.asdict(done),
@@ -151,4 +152,6 @@ def _unnamed(directory: Path, name: str) -> Iterator[Path]:
     except OSError as e:
         raise BangerError("operation_failed", f"writing to {directory}: {e.strerror or e}") from e
     finally:
-        path.unlink(missing_ok=True)
+        # What keeps us from this has kept us from more before, and that is told.
+        with contextlib.suppress(OSError):
+            path.unlink()

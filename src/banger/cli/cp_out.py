@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from banger.cli.copying import LARGE_BYTES
 from banger.cli.errors import warn
+from banger.cli.opened import open_opened
 from banger.errors import BangerError
 from banger.rpc.copies import fetch_digests, read_file
 from banger.units import format_size
@@ -31,7 +32,8 @@ _CHUNK = 1 << 20
 
 
 def download(copying: Copying, source: str, target: str) -> None:
-    """Copy the path `source` of the guest to `target`, `-` for stdout."""
+    """Copy the path `source` of the guest to `target`, `-` for stdout. A file takes the place of a
+    file only: a pipe or /dev/null stays what it is, and gets the bytes."""
     facts = copying.guest.stat(source)
     if facts is None:
         raise BangerError("not_found", f"there is no {source} in VM {copying.vm}")
@@ -39,10 +41,13 @@ def download(copying: Copying, source: str, target: str) -> None:
         raise BangerError("bad_request", f"{source} in the guest is no file or directory")
     copying.stage("copying out of the guest", source)
     if target == "-":
-        _to_stdout(copying, source, facts)
+        _into(copying, source, facts, sys.stdout.buffer)
         return
     try:
-        if facts.kind == "file":
+        if (there := _find_stream(target)) is not None:
+            with there:
+                _into(copying, source, facts, there)
+        elif facts.kind == "file":
             copying.attended(lambda: _download_file(copying, source, Path(target)))
         else:
             copying.attended(lambda: _download_directory(copying, source, Path(target)))
@@ -50,23 +55,36 @@ def download(copying: Copying, source: str, target: str) -> None:
         raise BangerError("operation_failed", f"writing {target}: {e.strerror}") from e
 
 
-def _to_stdout(copying: Copying, source: str, facts: PathFacts) -> None:
+def _find_stream(target: str) -> BinaryIO | None:
+    if (opened := open_opened(target)) is not None:
+        return opened
+    try:
+        # Not through a link, which an earlier copy may have brought from the guest.
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_IFMT(mode) in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+        return None
+    return os.fdopen(os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "wb")
+
+
+def _into(copying: Copying, source: str, facts: PathFacts, out: BinaryIO) -> None:
     if facts.kind != "file":
         raise BangerError(
             "bad_request",
-            f"{source} is a directory; `-` takes a file",
+            f"{source} is a directory; a stream takes a file",
             hint=f"banger vm exec {copying.vm} -- tar -C {source} -c .",
         )
 
     def receive(head: Head, chunks: Iterator[bytes]) -> bool:
         copying.expect(head.size)
         for chunk in chunks:
-            sys.stdout.buffer.write(chunk)
+            out.write(chunk)
             copying.advance(len(chunk))
         return True
 
     copying.attended(lambda: read_file(copying.guest, source, b"", 0, receive))
-    sys.stdout.buffer.flush()
+    out.flush()
     copying.landed()
 
 

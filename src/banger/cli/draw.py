@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,11 @@ class Painter(Protocol):
 
 def quiet_option(command: Any) -> Any:
     return click.option("-q", "--quiet", is_flag=True, help="No progress.")(command)
+
+
+def always_json(command: Any) -> Any:
+    """For a command that prints JSON in any case: who asks for it is not told off."""
+    return click.option("--json", is_flag=True, expose_value=False, hidden=True)(command)
 
 
 def verbose_option(command: Any) -> Any:
@@ -106,9 +112,13 @@ def _amount(event: dict[str, Any]) -> str:
     return f"{format_size(event['done'])}{detail}" if event["done"] >= 1024 else detail
 
 
+_LAYOUT = re.compile(r"[\n\t]")
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded by two spaces; no trailing blanks."""
-    rows = [[harmless(cell) for cell in row] for row in rows]
+    """Columns padded by two spaces; no trailing blanks. Every row is one line, whatever a guest has
+    called its programs."""
+    rows = [[_LAYOUT.sub("?", harmless(cell)) for cell in row] for row in rows]
     widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

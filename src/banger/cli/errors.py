@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from banger.errors import BangerError
@@ -26,10 +26,7 @@ def show_error(error: BangerError, *, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        from banger.api.envelope import WireError
-
-        document = {"error": msgspec.to_builtins(WireError.of(error))}
-        sys.stdout.write(harmless_json(msgspec.json.encode(document)) + "\n")
+        sys.stdout.write(harmless_json(msgspec.json.encode(wire_document(error))) + "\n")
         return
     red, dim, off = ("\x1b[1;31m", "\x1b[2m", "\x1b[0m") if color() else ("", "", "")
     label = "" if error.code == "operation_failed" else f"{error.code.replace('_', ' ')}: "
@@ -39,6 +36,15 @@ def show_error(error: BangerError, *, as_json: bool) -> None:
         sys.stderr.write(f"  also: {harmless(extra)}\n")
     if error.hint:
         sys.stderr.write(f"hint: {harmless(error.hint)}\n")
+
+
+def wire_document(error: BangerError) -> dict[str, Any]:
+    """An error as programs read it."""
+    import msgspec
+
+    from banger.api.envelope import WireError
+
+    return {"error": msgspec.to_builtins(WireError.of(error))}
 
 
 def harmless(text: str) -> str:

@@ -11,8 +11,8 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import ImageRecord
 from banger.cli.complete import IMAGE
-from banger.cli.draw import print_json, table
-from banger.cli.many import each
+from banger.cli.draw import always_json, print_json, table
+from banger.cli.many import each, json_option
 from banger.cli.server import Server
 from banger.units import MIB, format_size
 
@@ -51,6 +51,7 @@ def list_images(guest: GuestCommand, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=IMAGE)
+@always_json
 @click.pass_obj
 def show(guest: GuestCommand, name: str) -> None:
     """Show one image's record as JSON."""
@@ -60,8 +61,9 @@ def show(guest: GuestCommand, name: str) -> None:
 
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=IMAGE)
+@json_option
 @click.pass_obj
-def verify(guest: GuestCommand, names: tuple[str, ...]) -> int:
+def verify(guest: GuestCommand, names: tuple[str, ...], as_json: bool) -> int:
     """Compare stored images with the hashes that were recorded when they were made."""
     guest.refuse()
     server = Server()
@@ -69,13 +71,15 @@ def verify(guest: GuestCommand, names: tuple[str, ...]) -> int:
         names,
         lambda name: server.call("image.verify", p.NameRef(name=name), ImageRecord),
         lambda image: sys.stdout.write(f"{image.name} ok\n"),
+        as_json=as_json,
     )
 
 
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=IMAGE)
+@json_option
 @click.pass_obj
-def delete(guest: GuestCommand, names: tuple[str, ...]) -> int:
+def delete(guest: GuestCommand, names: tuple[str, ...], as_json: bool) -> int:
     """Delete images that no VM uses."""
     guest.refuse()
     server = Server()
@@ -83,4 +87,5 @@ def delete(guest: GuestCommand, names: tuple[str, ...]) -> int:
         names,
         lambda name: server.call("image.delete", p.NameRef(name=name), r.Deleted),
         lambda result: sys.stdout.write(f"{result.name} deleted\n"),
+        as_json=as_json,
     )

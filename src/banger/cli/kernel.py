@@ -14,9 +14,9 @@ from banger.api import results as r
 from banger.api.catalog import ImportKernel, KernelCatalog
 from banger.api.records import KernelRecord
 from banger.cli.complete import KERNEL
-from banger.cli.draw import print_json, progress, quiet_option, table, verbose_option
+from banger.cli.draw import always_json, print_json, progress, quiet_option, table, verbose_option
 from banger.cli.errors import warn
-from banger.cli.many import each
+from banger.cli.many import each, json_option
 from banger.cli.server import Server
 from banger.units import MIB, format_size
 
@@ -88,6 +88,7 @@ def _list_available(*, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=KERNEL)
+@always_json
 @click.pass_obj
 def show(guest: GuestCommand, name: str) -> None:
     """Show one kernel's record as JSON."""
@@ -172,8 +173,9 @@ def import_kernel(
 
 @click.command(name="rm")
 @click.argument("names", metavar="KERNEL...", nargs=-1, required=True, type=KERNEL)
+@json_option
 @click.pass_obj
-def remove(guest: GuestCommand, names: tuple[str, ...]) -> int:
+def remove(guest: GuestCommand, names: tuple[str, ...], as_json: bool) -> int:
     """Remove kernels that no image and no VM refers to."""
     guest.refuse()
     server = Server()
@@ -181,4 +183,5 @@ def remove(guest: GuestCommand, names: tuple[str, ...]) -> int:
         names,
         lambda name: server.call("kernel.delete", p.NameRef(name=name), r.Deleted),
         lambda result: sys.stdout.write(f"{result.name} deleted\n"),
+        as_json=as_json,
     )

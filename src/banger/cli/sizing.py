@@ -11,10 +11,12 @@ import click
 from banger.config.settings import (
     Settings,
     Sizing,
+    VmDefaults,
     default_sizing,
     host_memory_mib,
     read_settings,
 )
+from banger.errors import BangerError
 from banger.units import MIB, format_size, parse_size
 
 
@@ -66,7 +68,13 @@ def defaults() -> Sizing:
 
 def sizing_options(command: Any) -> Any:
     """--vcpu, --memory, --disk-size and --system-overlay-size, with the defaults in the help."""
-    size = defaults()
+    try:
+        size = defaults()
+    except BangerError:
+        # Help is there also when the configuration is not; whoever asks for more hears why.
+        size = default_sizing(
+            VmDefaults(), host_cpus=os.cpu_count() or 1, host_memory_mib=host_memory_mib()
+        )
     for option in (
         click.option(
             "--system-overlay-size",

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.rpc.frames import FrameDecoder, FrameType, encode
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def run(sock: socket.socket, process: Peer, *, machine: int | None = None) -> in
 def decoded(document: bytes, kind: type[T]) -> T:
     """What the agent said, checked: it is the guest's word."""
     try:
-        return msgspec.json.decode(document, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+        return decode_json(document, type=kind)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"the guest agent's answer is malformed: {e}") from e
 
 
@@ -256,7 +257,9 @@ class _Output:
             return
         except OSError as e:
             if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
+                doing = "writing the output of the command"
+                # Not with its cause: it is not banger that fills this disk, if it is one.
+                raise BangerError("operation_failed", f"{doing}: {e.strerror}") from None
             self.closed = True
             self.waiting.clear()
             return

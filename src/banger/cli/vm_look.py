@@ -11,7 +11,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.cli.complete import VM
-from banger.cli.draw import print_json, table
+from banger.cli.draw import always_json, print_json, table
 from banger.cli.errors import harmless, warn
 from banger.cli.server import Server
 from banger.units import format_size
@@ -64,6 +64,7 @@ def list_vms(guest: GuestCommand, names: bool, as_json: bool) -> None:
 
 @click.command()
 @_vm
+@always_json
 @click.pass_obj
 def show(guest: GuestCommand, vm: str) -> None:
     """Show one VM's record as JSON."""
@@ -98,6 +99,7 @@ def _each_json(method: str, vms: tuple[str, ...], kind: Any) -> int:
 
 @click.command()
 @_vms
+@always_json
 @click.pass_obj
 def stats(guest: GuestCommand, vms: tuple[str, ...]) -> int:
     """Show figures of running VMs as JSON: processor, memory, disks, network, guest."""
@@ -152,7 +154,7 @@ def health(guest: GuestCommand, vm: str, as_json: bool) -> None:
     else:
         width = max(map(len, answer), default=0)
         lines = (f"{key.ljust(width)}  {value}" for key, value in answer.items())
-        sys.stdout.writelines(harmless(line) + "\n" for line in lines)
+        sys.stdout.writelines(harmless(line).replace("\n", "?") + "\n" for line in lines)
 
 
 @click.command()

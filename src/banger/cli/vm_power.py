@@ -11,9 +11,9 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import VmRecord
 from banger.cli.complete import VM
-from banger.cli.draw import progress, quiet_option, table, verbose_option
+from banger.cli.draw import print_json, progress, quiet_option, table, verbose_option
 from banger.cli.errors import warn
-from banger.cli.many import each
+from banger.cli.many import each, json_option
 from banger.cli.server import Server
 from banger.cli.sizing import Duration
 
@@ -44,12 +44,13 @@ def _stream(method: str, vms: tuple[str, ...], verb: str, o: dict[str, Any]) -> 
             with server.stream(method, params, painter) as call:
                 return call.result(r.Outcome)
 
-        return each(vms, action, _tell(verb))
+        return each(vms, action, _tell(verb), as_json=o["as_json"])
 
 
 @click.command()
 @_vms
 @click.option("--allow-overcommit", is_flag=True, help="Start although the memory budget says no.")
+@json_option
 @quiet_option
 @verbose_option
 @click.pass_obj
@@ -62,6 +63,7 @@ def start(guest: GuestCommand, /, vms: tuple[str, ...], **o: Any) -> int:
 @click.command()
 @_vms
 @click.option("--allow-overcommit", is_flag=True, help="Start although the memory budget says no.")
+@json_option
 @quiet_option
 @verbose_option
 @click.pass_obj
@@ -76,8 +78,9 @@ def restart(guest: GuestCommand, /, vms: tuple[str, ...], **o: Any) -> int:
 @click.option(
     "--timeout", type=Duration(), help="Time for the guest to stop by itself [stop_timeout]."
 )
+@json_option
 @click.pass_obj
-def stop(guest: GuestCommand, vms: tuple[str, ...], timeout: float | None) -> int:
+def stop(guest: GuestCommand, vms: tuple[str, ...], timeout: float | None, as_json: bool) -> int:
     """Stop VMs in order: services stopped, data on disk, disks kept."""
     guest.refuse()
     server = Server()
@@ -85,6 +88,7 @@ def stop(guest: GuestCommand, vms: tuple[str, ...], timeout: float | None) -> in
         vms,
         lambda ref: server.call("vm.stop", p.StopVm(vm=ref, timeout_s=timeout), r.Outcome),
         _tell("stopped"),
+        as_json=as_json,
     )
 
 
@@ -93,8 +97,9 @@ def stop(guest: GuestCommand, vms: tuple[str, ...], timeout: float | None) -> in
 @click.option(
     "--signal", "signal_name", default="KILL", show_default=True, help="Signal for the VMM."
 )
+@json_option
 @click.pass_obj
-def kill(guest: GuestCommand, vms: tuple[str, ...], signal_name: str) -> int:
+def kill(guest: GuestCommand, vms: tuple[str, ...], signal_name: str, as_json: bool) -> int:
     """End VMs at once; what the guest had not written to disk is lost."""
     guest.refuse()
     server = Server()
@@ -102,6 +107,7 @@ def kill(guest: GuestCommand, vms: tuple[str, ...], signal_name: str) -> int:
         vms,
         lambda ref: server.call("vm.kill", p.KillVm(vm=ref, signal=signal_name), r.Outcome),
         _tell("stopped"),
+        as_json=as_json,
     )
 
 
@@ -113,15 +119,21 @@ def _deleted(result: r.Deleted) -> None:
 
 @click.command()
 @_vms
+@json_option
 @click.pass_obj
-def delete(guest: GuestCommand, vms: tuple[str, ...]) -> int:
+def delete(guest: GuestCommand, vms: tuple[str, ...], as_json: bool) -> int:
     """Stop VMs and remove their disks and records."""
     guest.refuse()
-    return _delete(Server(), vms)
+    return _delete(Server(), vms, as_json=as_json)
 
 
-def _delete(server: Server, refs: Sequence[str]) -> int:
-    status = each(refs, lambda ref: server.call("vm.delete", p.VmRef(vm=ref), r.Deleted), _deleted)
+def _delete(server: Server, refs: Sequence[str], *, as_json: bool) -> int:
+    status = each(
+        refs,
+        lambda ref: server.call("vm.delete", p.VmRef(vm=ref), r.Deleted),
+        _deleted,
+        as_json=as_json,
+    )
     if server.paths.owner_known_hosts != server.paths.known_hosts:
         from banger.cli.ssh_config import refresh_or_warn
 
@@ -131,8 +143,9 @@ def _delete(server: Server, refs: Sequence[str]) -> int:
 
 @click.command()
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@json_option
 @click.pass_obj
-def prune(guest: GuestCommand, force: bool) -> int:
+def prune(guest: GuestCommand, force: bool, as_json: bool) -> int:
     """Delete every VM that is not running or suspended."""
     guest.refuse()
     server = Server()
@@ -143,6 +156,8 @@ def prune(guest: GuestCommand, force: bool) -> int:
     ]
     if not idle:
         warn("there is nothing to prune")
+        if as_json:
+            print_json([])
         return 0
     sys.stderr.write(
         table(
@@ -151,5 +166,8 @@ def prune(guest: GuestCommand, force: bool) -> int:
         )
     )
     if not force:
-        click.confirm(f"Delete these {len(idle)} VMs and their disks?", abort=True, err=True)
-    return _delete(server, [vm.id for vm in idle])
+        what = (
+            "this VM and its disks" if len(idle) == 1 else f"these {len(idle)} VMs and their disks"
+        )
+        click.confirm(f"Delete {what}?", abort=True, err=True)
+    return _delete(server, [vm.id for vm in idle], as_json=as_json)

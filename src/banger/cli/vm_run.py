@@ -89,10 +89,10 @@ def run(guest: GuestCommand, /, path: str | None, **o: Any) -> int:
         rm=o["rm"],
         bootstrap=_bootstraps(guest, path, o),
     )
+    env = parse_env(o["env"])
     if not o["quiet"]:
         sys.stderr.write(sizing.spec_line(size, image, nat=o["nat"]) + "\n")
         sys.stderr.flush()
-    env = parse_env(o["env"])
     with (
         progress(quiet=o["quiet"], verbose=o["verbose"]) as painter,
         server.stream("vm.run", params, painter) as call,
@@ -151,6 +151,7 @@ def parse_env(pairs: tuple[str, ...]) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise click.UsageError(f"--env takes K=V, not {pair!r}")
+        pair.encode()  # raises what the entry explains
         env[key] = value
     return env
 

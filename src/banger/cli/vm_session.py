@@ -12,7 +12,7 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api import sessions as s
 from banger.cli.complete import SESSION, VM
-from banger.cli.draw import print_json, table
+from banger.cli.draw import always_json, print_json, table
 from banger.cli.server import Server
 from banger.cli.sizing import Duration
 from banger.cli.vm_run import parse_env
@@ -128,6 +128,7 @@ def _shown(session: s.Session) -> str:
 @click.command()
 @vm_argument
 @session_argument
+@always_json
 @click.pass_obj
 def show(guest: GuestCommand, vm: str, session: str) -> None:
     """Show one session as JSON, with what is kept of its output."""

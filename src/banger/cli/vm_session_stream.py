@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import click
 import msgspec
@@ -35,7 +35,9 @@ _LINE_LIMIT = 1 << 20
 
 
 class _LogEnd(msgspec.Struct, frozen=True, kw_only=True):
-    cursor: str
+    """`cursor` is the guest's word, and is printed."""
+
+    cursor: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{0,64}\Z")]
     dropped: int
     state: str
 
@@ -111,7 +113,12 @@ def _request(access: r.AgentAccess, method: str, params: dict[str, Any]) -> Requ
 @session_argument
 @click.option("--stream", "which", type=click.Choice(["stdout", "stderr"]), help="Only this one.")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the session ends.")
-@click.option("--tail", type=int, metavar="N", help="Only the last N lines, and what follows.")
+@click.option(
+    "--tail",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Only the last N lines, and what follows.",
+)
 @click.option("--since", metavar="CURSOR", help="Only what came after an earlier call.")
 @click.option("--cursor", "tell", is_flag=True, help="End with the cursor for --since on stderr.")
 @click.pass_obj
@@ -147,7 +154,7 @@ def logs(
     if end.dropped:
         warn(format_dropped(end.dropped))
     if tell:
-        sys.stderr.write(f"cursor: {end.cursor[:64]}\n")
+        sys.stderr.write(f"cursor: {end.cursor}\n")
 
 
 def follow_on_stderr(sock: socket.socket, access: r.AgentAccess, session: str) -> None:

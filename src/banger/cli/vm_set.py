@@ -10,7 +10,7 @@ import click
 from banger.api import params as p
 from banger.api import results as r
 from banger.cli.complete import VM
-from banger.cli.many import each
+from banger.cli.many import each, json_option
 from banger.cli.server import Server
 from banger.cli.sizing import Size
 from banger.units import MIB
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--disk-size", type=Size(), help="Room in /root; only grows.")
 @click.option("--system-overlay-size", type=Size(), help="Room for system changes; only grows.")
 @click.option("--nat/--no-nat", default=None, help="Reach the outside through this host; at once.")
+@json_option
 @click.pass_obj
 def set_sizes(
     guest: GuestCommand,
@@ -35,6 +36,7 @@ def set_sizes(
     disk_size: int | None,
     system_overlay_size: int | None,
     nat: bool | None,
+    as_json: bool,
 ) -> int:
     """Change VMs: sizes at their next start, the way out (--nat) at once."""
     guest.refuse()
@@ -56,4 +58,4 @@ def set_sizes(
         when = f"; at its next start: {later}" if later else ""
         sys.stdout.write(f"{result.vm.name} changed{when}\n")
 
-    return each(vms, action, tell)
+    return each(vms, action, tell, as_json=as_json)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from banger.api import workspaces as w
 from banger.api.params import ShipWorkspace
 from banger.cli.complete import VM
 from banger.cli.draw import print_json, progress, quiet_option, verbose_option
 from banger.cli.errors import warn
+from banger.cli.opened import open_opened
 from banger.cli.server import Server
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.files import new_file
 from banger.units import format_size
@@ -191,7 +194,7 @@ def receive(
     ):
         for chunk in call.frames():
             write(chunk)
-        return msgspec.json.decode(call.result_payload, type=w.ExportedWorkspace)
+        return decode_json(call.result_payload, type=w.ExportedWorkspace)
 
 
 def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:
@@ -201,7 +204,7 @@ def _tell(result: w.ExportedWorkspace, kind: str, output: str) -> None:
     what = "commit" if kind == "commits" else "file"
     count = f"{result.changed} {what}{'' if result.changed == 1 else 's'}"
     bring = {"patch": "git apply --binary", "commits": "git pull", "tar": "tar -xf"}[kind]
-    warn(f"{count} in {output}; bring them in with: {bring} {output}")
+    warn(f"{count} in {output}; bring them in with: {bring} {shlex.quote(output)}")
 
 
 @contextlib.contextmanager
@@ -209,15 +212,25 @@ def _new_file(path: Path) -> Iterator[Callable[[bytes], object]]:
     """A file that gets its name when it is whole; a failure leaves the old one. What is no file, a
     pipe or /dev/null, stays what it is."""
     try:
-        if path.exists() and not path.is_file():
-            with path.open("wb") as f:
-                yield f.write
+        there = open_opened(str(path))
+        if there is None and path.exists() and not path.is_file():
+            there = path.open("wb")
+        if there is not None:
+            with there:
+                yield there.write
             return
         # Through a link: it is the user's, and says where the file is to be.
-        with new_file(path.resolve(), mode=0o666) as f:
+        with new_file(_follow(path), mode=0o666) as f:
             yield f.write
     except OSError as e:
         raise BangerError("operation_failed", f"writing {path}: {e.strerror}") from e
+
+
+def _follow(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as e:  # links in a ring, in the words of Python 3.11
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from e
 
 
 _PLAIN, _BOLD, _RED, _GREEN, _CYAN = "\x1b[m", "\x1b[1m", "\x1b[31m", "\x1b[32m", "\x1b[36m"

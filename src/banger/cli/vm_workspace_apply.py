@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from banger.api import workspaces as w
 from banger.api.params import VmRef
@@ -20,7 +19,9 @@ from banger.cli.draw import progress, quiet_option
 from banger.cli.errors import warn
 from banger.cli.server import Server
 from banger.cli.vm_workspace import guest_path_option, vm_argument
+from banger.decoding import decode_json
 from banger.errors import BangerError
+from banger.rpc.outcomes import fill_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ def apply(guest: GuestCommand, vm: str, guest_path: str | None, check: bool, qui
         server.stream("vm.workspace.changes", params, painter) as call,
     ):
         stream = io.BufferedReader(_Frames(call.frames()), 256 << 10)
-        header = msgspec.json.decode(stream.readline(64 << 10), type=w.ChangedFiles)
+        header = decode_json(stream.readline(64 << 10), type=w.ChangedFiles)
         root = Path(header.source)
         if not (root / ".git").exists():
             raise BangerError(
@@ -61,10 +62,13 @@ def apply(guest: GuestCommand, vm: str, guest_path: str | None, check: bool, qui
             )
         changes = read_changes(stream)
         host = HostFacts(root, header.object_format, header.file_mode)
-        done = compare(host, changes) if check else apply_changes(host, changes, stream)
+        try:
+            done = compare(host, changes) if check else apply_changes(host, changes, stream)
+        except BangerError as e:
+            raise fill_in(e, vm) from None
         while stream.read(1 << 20):
             pass
-        result = msgspec.json.decode(call.result_payload, type=w.ExportedWorkspace)
+        result = decode_json(call.result_payload, type=w.ExportedWorkspace)
     if not check:
         known = w.AppliedWorkspace(vm=vm, guest_path=header.guest_path, offer=result.offer)
         server.call("vm.workspace.applied", known, VmRef)
@@ -73,7 +77,9 @@ def apply(guest: GuestCommand, vm: str, guest_path: str | None, check: bool, qui
     for name in done.conflicts:
         sys.stdout.write(f"! {format_name(name)}\n")
     if done.conflicts:
-        warn(f"{len(done.conflicts)} files were changed here as well; nothing can be applied")
+        count = len(done.conflicts)
+        files = "1 file was" if count == 1 else f"{count} files were"
+        warn(f"{files} changed here as well; nothing can be applied")
         return 1
     if not quiet and not done.written:
         warn(f"nothing to apply: {root} has all of it")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_toml
+from banger.errors import MALFORMED, BangerError
 
 if TYPE_CHECKING:
     from banger.config.system_paths import SystemPaths
@@ -41,10 +42,10 @@ def read_install_record(system: SystemPaths) -> InstallRecord | None:
     """
     doing = f"reading the install record {system.record}"
     try:
-        return msgspec.toml.decode(system.record.read_bytes(), type=InstallRecord)
+        return decode_toml(system.record.read_bytes(), type=InstallRecord)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed",
             f"{doing}: {e}",

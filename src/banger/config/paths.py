@@ -86,6 +86,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
         return self.runtime / "operations.jsonl"
 
     @property
+    def clocks(self) -> Path:
+        """The host's clocks when guests were last right; it outlives the daemon, as they do."""
+        return self.runtime / "clocks.json"
+
+    @property
     def daemon_log(self) -> Path:
         return self.state / "bangerd.log"
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from banger.config.file_sync import FileSync, check_file_sync
-from banger.errors import BangerError
+from banger.decoding import convert, decode_toml
+from banger.errors import MALFORMED, BangerError
 from banger.minisign import BadSignature, parse_public_key
 from banger.units import GIB, parse_duration, parse_size
 
@@ -187,7 +188,7 @@ def read_settings(*files: Path, home: Path | None = None) -> Settings:
         merged = merge_layers(merged, layer)
         # After each file, so that a value that does not fit is put down to the file that has it.
         try:
-            settings = msgspec.convert(merged, type=Settings)
+            settings = convert(merged, type=Settings)
         except msgspec.ValidationError as e:
             problem = f"{doing}: {e}{_found(str(e), merged)}{_nearest(str(e))}"
             raise BangerError("bad_request", problem, hint=f"$EDITOR {path}") from e
@@ -215,8 +216,8 @@ def _read_layer(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise BangerError("bad_request", f"{doing}: {e.strerror}", hint=f"ls -l {path}") from e
     try:
-        layer = msgspec.toml.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        layer = decode_toml(text, type=dict[str, Any])
+    except MALFORMED as e:
         raise BangerError("bad_request", f"{doing}: {e}", hint=f"$EDITOR {path}") from e
     # Two keys that may also be written in their simple form (spec 2.2).
     if isinstance(cidr := layer.get("cidr"), str) and cidr.isascii() and cidr.isdigit():

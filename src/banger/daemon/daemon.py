@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from banger.config.paths import Paths
+    from banger.daemon.turns import Turns
     from banger.rpc.server import Server
     from banger.vmm.driver import Driver
 
@@ -84,7 +85,9 @@ class Daemon:
             names=self.names,
         )
         self.sweeps = Sweeps(
-            self.vms, helper_log=paths.helper_log if paths.mode == "user" else None
+            self.vms,
+            helper_log=paths.helper_log if paths.mode == "user" else None,
+            kept=paths.clocks,
         )
         self._git_identity: GitIdentity | None = None
         self._verdict: Verdict | None = None
@@ -92,7 +95,7 @@ class Daemon:
         self._probing = asyncio.Lock()
         self._guards: set[asyncio.Task[None]] = set()
         self.server: Server | None = None
-        self.workspace_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.workspace_locks: WeakValueDictionary[str, Turns] = WeakValueDictionary()
         """VM id → the order of work on its workspaces (spec 3.8); never with the VM's own lock."""
 
         self.image_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -228,7 +231,7 @@ class Daemon:
         await self._sweep()
         for vm in self.store.list():
             if vm.ephemeral and vm.owner is not None:
-                self.guard(vm.id, ProcessRef(pid=vm.owner.pid, start_time=vm.owner.start_time))
+                self.guard(vm.id, runs.process_of(vm.owner))
         await self._read_git_identity()
         server.listen()
         tell_ready()

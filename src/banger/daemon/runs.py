@@ -6,6 +6,7 @@ daemon, and the daemon's end does not end the command.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from banger.api import params as p
 from banger.api import results as r
 from banger.api.records import OwnerProcess, VmRecord
 from banger.daemon import bootstrap, ships, stored
+from banger.decoding import convert
 from banger.errors import BangerError
 from banger.host.vmm_process import ProcessRef, find_process, wait_exit
 from banger.rpc import frames
 from banger.vm import idle
+from banger.vm.cleanup import is_live
 from banger.vm.create import check_create, create
 from banger.vm.handles import read_secrets
 from banger.vm.stop import delete
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
     from banger.daemon.daemon import Daemon
     from banger.rpc.server import Call
+
+log = logging.getLogger(__name__)
 
 
 async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
@@ -50,10 +55,10 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
     vm = await create(daemon.vms, params.create, image, call, owner=owner)
     call.operation.target = vm.name
     if owner is not None:
-        daemon.guard(vm.id, ProcessRef(pid=owner.pid, start_time=owner.start_time))
+        daemon.guard(vm.id, process_of(owner))
     async with Undo() as undo:
         # Until its client has the connection: who leaves earlier is told that nothing is left.
-        undo.push(f"VM {vm.name}", lambda: delete(daemon.vms, vm, kill_it=True))
+        undo.push(f"VM {vm.name}", lambda: _discard(daemon, vm))
         try:
             workspace, files, size = None, 0, 0
             if shipment is not None:
@@ -77,8 +82,11 @@ async def run(daemon: Daemon, call: Call, params: p.RunVm) -> None:
         except BangerError as e:
             if not params.rm:
                 undo.keep()
-                e.also.append(f"VM {vm.name} was created and still runs")
-                e.outcome = "unknown"
+                now = daemon.store.find(vm.id)
+                if now is not None:
+                    what = "still runs" if is_live(daemon.vms, now) else "does not run any more"
+                    e.also.append(f"VM {vm.name} was created and {what}")
+                    e.outcome = "unknown"
             raise
         undo.keep()
 
@@ -92,15 +100,33 @@ def _owner(pid: int) -> OwnerProcess:
     process = find_process(pid)
     if process is None:
         raise BangerError("operation_failed", "the command that asked for the VM is gone")
-    return OwnerProcess(pid=process.pid, start_time=process.start_time)
+    return convert(process, OwnerProcess, from_attributes=True)
+
+
+def process_of(owner: OwnerProcess) -> ProcessRef:
+    return convert(owner, ProcessRef, from_attributes=True)
 
 
 async def delete_with_owner(daemon: Daemon, vm_id: str, owner: ProcessRef) -> None:
     """Wait for the owner's end, then delete its VM unless the owner did that itself."""
     await wait_exit(owner)
     vm = daemon.store.find(vm_id)
-    if vm is not None:
-        await daemon.vms.finish_alone(delete(daemon.vms, vm, kill_it=True), f"delete {vm.name}")
+    if vm is None:
+        return
+    try:
+        await daemon.vms.finish_alone(_discard(daemon, vm), f"delete {vm.name}")
+    except BangerError as e:
+        # It stays, in state error, until somebody deletes it or a daemon starts.
+        log.warning("VM %s, whose command has ended: %s", vm.name, e)
+
+
+async def _discard(daemon: Daemon, vm: VmRecord) -> None:
+    """Delete a VM that nobody wants any more, and perhaps somebody deletes already."""
+    try:
+        await delete(daemon.vms, vm, kill_it=True)
+    except BangerError as e:
+        if e.code != "not_found":
+            raise
 
 
 async def answer_with_agent(

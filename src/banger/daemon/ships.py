@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from banger.daemon.turns import Turns
 from banger.errors import BangerError
 from banger.files import ensure_private_directory
 from banger.rpc.trees import GuestFiles
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from banger.api.records import VmRecord, Workspace
     from banger.daemon.daemon import Daemon
     from banger.progress import Reporter
+    from banger.rpc.server import Call
     from banger.workspace.prepare import Prepared
 
 T = TypeVar("T")
@@ -176,10 +178,12 @@ def guest_files(daemon: Daemon, vm: VmRecord) -> GuestFiles:
 
 
 @contextlib.asynccontextmanager
-async def workspace_lock(daemon: Daemon, vm: VmRecord) -> AsyncIterator[None]:
-    """One piece of work on a VM's workspaces at a time."""
-    lock = daemon.workspace_locks.setdefault(vm.id, asyncio.Lock())
-    async with lock:
+async def workspace_lock(
+    daemon: Daemon, vm: VmRecord, *, sending: Call | None = None
+) -> AsyncIterator[None]:
+    """One piece of work on a VM's workspaces at a time; `sending` hands out data meanwhile."""
+    turns = daemon.workspace_locks.setdefault(vm.id, Turns())
+    async with turns.take(sending=sending):
         yield
 
 

@@ -182,7 +182,11 @@ async def kernel_show(daemon: Daemon, call: Call, params: p.NameRef) -> KernelRe
 
 
 async def kernel_delete(daemon: Daemon, call: Call, params: p.NameRef) -> r.Deleted:
-    kernel = get_kernel(daemon.paths, params.name)
+    kernel = find_kernel(daemon.paths, params.name)
+    if kernel is None:
+        raise BangerError(
+            "not_found", f"there is no kernel {params.name!r} here", hint="banger kernel list"
+        )
     refuse = partial(given.refuse_kernel_in_use, daemon)
     refuse(kernel)
     await run_job(

@@ -12,9 +12,12 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from banger.daemon import clock
-from banger.errors import BangerError
-from banger.files import bound_file
+import msgspec
+
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
+from banger.files import bound_file, write_atomic
+from banger.host import clock
 from banger.units import MIB
 from banger.vm import idle, observe, space
 from banger.vm.cleanup import is_live
@@ -34,10 +37,20 @@ CONSOLE_MOST, CONSOLE_KEPT = 16 * MIB, 4 * MIB
 HELPER_LOG_BYTES = 4 * MIB
 
 
+def find_reading(path: Path | None) -> clock.Reading | None:
+    """The clocks that an earlier daemon of this boot has noted, or None."""
+    try:
+        return decode_json(path.read_bytes(), type=clock.Reading) if path else None
+    except (OSError, *MALFORMED):
+        return None
+
+
 class Sweeps:
     """One loop of the daemon; `helper_log` is the log that a root helper of ours appends to.
 
-    `read_clocks` is given by tests that let the host sleep.
+    `kept` is where the clocks of the last look are noted for the next daemon: the host may sleep
+    while none runs, and the guests of then are adopted. `read_clocks` is given by tests that let
+    the host sleep.
     """
 
     def __init__(
@@ -45,12 +58,15 @@ class Sweeps:
         vms: VmContext,
         *,
         helper_log: Path | None,
+        kept: Path | None = None,
         read_clocks: Callable[[], clock.Reading] = clock.read_clocks,
     ) -> None:
         self._vms = vms
         self._helper_log = helper_log
         self._read_clocks = read_clocks
-        self._timed = read_clocks()
+        self._kept = kept
+        self._timed = find_reading(kept) or read_clocks()
+        self._note()
         self._telling: asyncio.Task[None] | None = None
         self._warned: str | None = None
 
@@ -105,6 +121,16 @@ class Sweeps:
         if live:
             log.info("%s: %d VMs are told the time", jump, len(live))
         await asyncio.gather(*(space.send_time(vms, vm) for vm in live))
+        # Not before: a daemon that is killed meanwhile leaves it to the next one.
+        self._note()
+
+    def _note(self) -> None:
+        if self._kept is None:
+            return
+        try:
+            write_atomic(self._kept, msgspec.json.encode(self._timed))
+        except OSError as e:
+            log.warning("noting the host's clocks in %s: %s", self._kept, e.strerror)
 
     def _warn(self, warning: str | None) -> None:
         """Say it once, not at every look."""

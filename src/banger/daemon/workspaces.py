@@ -115,7 +115,7 @@ async def export(daemon: Daemon, call: Call, params: w.ExportWorkspace) -> w.Exp
         return (export_commits if params.format == "commits" else export_patch)(source, send)
 
     send = call.data_sender()
-    async with ships.workspace_lock(daemon, vm):
+    async with ships.workspace_lock(daemon, vm, sending=call):
         call.stage("export", "comparing", path)
         done = await ships.in_guest(daemon, vm, work)
     idle.touch(daemon.vms, vm)
@@ -152,7 +152,7 @@ async def changes(daemon: Daemon, call: Call, params: w.WorkspaceRef) -> w.Expor
         return len(found), write_offer(daemon.vms.vm_paths(vm.id).directory, then)
 
     send = call.data_sender()
-    async with ships.workspace_lock(daemon, vm):
+    async with ships.workspace_lock(daemon, vm, sending=call):
         call.stage("export", "comparing", path)
         changed, offer = await ships.in_guest(daemon, vm, work)
     return w.ExportedWorkspace(

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger import files
+from banger.decoding import decode_json
 from banger.disk.identity import FileChanged, FileIdentity, check_identity, identify
+from banger.errors import MALFORMED
 from banger.faults import step
 
 if TYPE_CHECKING:
@@ -106,9 +108,9 @@ def _seal(staging: Path) -> None:
 def _is_intact(target: Path) -> bool:
     """All files hash to what was built. A store that shares their inodes may have been damaged."""
     try:
-        index = msgspec.json.decode((target / _INDEX).read_bytes(), type=_Index)
+        index = decode_json((target / _INDEX).read_bytes(), type=_Index)
         for name, identity in index.files.items():
             check_identity(target / name, identity, hash_always=True)
-    except (OSError, msgspec.DecodeError, FileChanged):
+    except (OSError, FileChanged, *MALFORMED):
         return False
     return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from banger.config.settings import default_sizing, host_memory_mib
 from banger.doctor.check import Check, Finding, count, failed, passed, warned
 from banger.files import can_share_extents, ensure_private_directory, free_bytes
+from banger.image.entries import find_damaged
 from banger.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -235,6 +236,13 @@ def _look_cache(world: World) -> Iterator[Finding]:
         f"{kind}: {_size(size)}{limits.get(kind, '')}" for kind, size in sizes.items() if size
     ]
     yield passed(f"{_size(sum(sizes.values()))} in images, kernels and caches", *details)
+    for damaged in find_damaged(paths):
+        yield failed(
+            f"{damaged}",
+            "the image cannot be used, listed or deleted; its VMs start again when the file is put "
+            "back from a backup, or read by the banger that wrote it",
+            command=damaged.hint,
+        )
 
 
 def _tree_bytes(directory: Path) -> int:
@@ -310,7 +318,7 @@ CHECKS = (
         name="cache",
         look=_look_cache,
         meaning="bytes on disk of images, kernels and each cache, and the limit of the layers "
-        "(`oci_cache_limit`)",
+        "(`oci_cache_limit`); FAIL where the manifest of an image cannot be read",
         mends="`banger image delete`, `banger kernel rm`, `banger image cache prune`; "
         "caches may be removed while no command runs",
     ),

@@ -20,7 +20,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.guest.config import ANNOUNCE_PORT
 from banger.rpc.channel import Channel, accept
 from banger.rpc.unix import short_path
@@ -147,7 +148,7 @@ class Announcements:
                 # The second line says that the clock is right; only now may commands run.
                 if await channel.read_line() is not None and not future.done():
                     future.set_result(announcement)
-        except (BangerError, TimeoutError, msgspec.DecodeError, RecursionError) as e:
+        except (BangerError, TimeoutError, *MALFORMED) as e:
             log.warning("an announcement was refused: %s", e)
         finally:
             channel.close()
@@ -156,8 +157,8 @@ class Announcements:
                 del greeted[peer]
 
     def _check(self, line: bytes) -> tuple[asyncio.Future[Announcement], Announcement]:
-        request = msgspec.json.decode(line, type=Request)
-        announcement = msgspec.json.decode(request.params, type=Announcement)
+        request = decode_json(line, type=Request)
+        announcement = decode_json(request.params, type=Announcement)
         expected = self._expected.get(announcement.vm_id)
         if expected is None:
             raise BangerError("unauthorized", "the VM is not expected")

@@ -18,7 +18,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request, WireError
-from banger.errors import BangerError
+from banger.decoding import convert, decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.guest.endpoint import Endpoint, connect
 from banger.rpc import frames
 from banger.rpc.blocking import BlockingChannel
@@ -141,7 +142,7 @@ class GuestClient:
             async with asyncio.timeout(timeout_s):
                 await _send(channel, self.request(method, params), doing)
                 reply = decode_reply(await channel.read_line(), doing)
-            return msgspec.convert(reply.result, type=result)
+            return convert(reply.result, type=result)
         except TimeoutError as e:
             raise BangerError(
                 "operation_failed",
@@ -290,8 +291,8 @@ def _final_frame(channel: BlockingChannel, doing: str) -> bytes:
 
 def _decode(payload: bytes, kind: type[T], doing: str) -> T:
     try:
-        return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+        return decode_json(payload, type=kind)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 
 

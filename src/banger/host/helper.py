@@ -19,7 +19,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from banger import process
-from banger.errors import BangerError, ErrorCode
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError, ErrorCode
 from banger.host.privilege import build_helper_argv
 from banger.rpc.server import current_op
 
@@ -247,8 +248,8 @@ def _lost(method: str, error: Exception, ended: str) -> BangerError:
 def _decode(method: str, line: bytes) -> bytes:
     doing = f"asking the root helper to {method}"
     try:
-        answer = msgspec.json.decode(line, type=_Answer)
-    except (msgspec.DecodeError, RecursionError) as e:
+        answer = decode_json(line, type=_Answer)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: its answer is unreadable: {e}") from e
     if answer.error is not None:
         code: ErrorCode = "operation_failed"

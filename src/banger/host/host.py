@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.host.helper import Calls, Helper, HelperService
 from banger.host.lease import Bridge, HostStatus, LaunchPlan, Lease, LeaseId, LeasePlan, Swept
 from banger.host.privilege import Privilege, find_helper, find_privilege
@@ -186,8 +187,8 @@ class Host:
             )
         answer = await self._helper.call(method, params, op_id=op_id)
         try:
-            return msgspec.json.decode(answer, type=kind)
-        except msgspec.DecodeError as e:
+            return decode_json(answer, type=kind)
+        except MALFORMED as e:
             raise BangerError(
                 "operation_failed",
                 f"asking the root helper to {method}: its answer is unreadable: {e}",

@@ -104,7 +104,8 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True):
 class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One lease in the ledger. `state`: `making`, `ready` or `releasing`.
 
-    `pid` and `start_time` are of what the helper launched in it, which may have ended since.
+    `pid`, `start_time` and `boot_id` are of what the helper launched in it, which may have ended
+    since.
     """
 
     id: LeaseId
@@ -116,6 +117,7 @@ class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     pid: int | None = None
     start_time: int | None = None
+    boot_id: str | None = None
 
 
 class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):

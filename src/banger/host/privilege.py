@@ -10,7 +10,8 @@ from typing import Literal
 import msgspec
 
 from banger import process
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 
 # Not the interpreter of our virtual environment: that one the owner can write.
 _PYTHON = "/usr/bin/python3"
@@ -84,8 +85,8 @@ async def find_privilege(helper: Path | None = None) -> Privilege:
             hint="sudo -v" if kind == "sudo" else None,
         )
     try:
-        probe = msgspec.json.decode(done.stdout, type=_Probe)
-    except msgspec.DecodeError as e:
+        probe = decode_json(done.stdout, type=_Probe)
+    except MALFORMED as e:
         return Privilege(kind="none", missing=f"the root helper's answer is unreadable: {e}")
     if probe.problems:
         return Privilege(kind="none", missing="; ".join(probe.problems))

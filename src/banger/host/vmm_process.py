@@ -1,4 +1,5 @@
-"""The VMM process: started in a session of its own, known by pid and start time, waited for once.
+"""The VMM process: started in a session of its own, known by pid, start time and boot, waited for
+once.
 
 It belongs to nobody's request and outlives the daemon, even when that is killed. After a restart
 it is not our child any more; a pidfd tells its end all the same, only the exit status is init's.
@@ -28,10 +29,21 @@ _SIGNALS = ("TERM", "KILL", "INT", "HUP", "QUIT", "USR1", "USR2", "ABRT")
 
 
 class ProcessRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that cannot be mistaken for another: `start_time` is in clock ticks since boot."""
+    """A process that cannot be mistaken for another: `start_time` is in clock ticks since boot.
+
+    What is on disk outlives a reboot, after which both may be another's. So the boot is named, too;
+    None in what a banger wrote that did not: then pid and start time decide.
+    """
 
     pid: int
     start_time: int
+    boot_id: str | None = None
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """False only where it is known to be of another."""
+        now = process.find_boot_id()
+        return self.boot_id is None or now is None or self.boot_id == now
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +81,7 @@ async def launch_vmm(
     stat = process.read_stat(pid)
     # Not reaped yet, so the pid is taken even if the process has ended.
     assert stat is not None
-    ref = ProcessRef(pid=pid, start_time=stat[1])
+    ref = ProcessRef(pid=pid, start_time=stat[1], boot_id=process.find_boot_id())
     if cgroup is not None:
         # After the exec, not before it: that would take a wrapper program. Nothing is lost, since
         # a write moves all threads, and a VMM has started no other process by now; what it used so
@@ -88,6 +100,8 @@ async def launch_vmm(
 
 def is_alive(ref: ProcessRef) -> bool:
     """Whether this very process runs; a zombie does not."""
+    if not ref.is_of_this_boot:
+        return False
     stat = process.read_stat(ref.pid)
     return stat is not None and stat[0] not in "ZX" and stat[1] == ref.start_time
 
@@ -161,7 +175,7 @@ def signal_vmm(ref: ProcessRef, name: str, *, missing_ok: bool = False) -> None:
 @contextlib.contextmanager
 def _opened(ref: ProcessRef) -> Iterator[int | None]:
     """A pidfd of this very process, None when it is gone."""
-    fd = process.open_process(ref.pid, ref.start_time)
+    fd = process.open_process(ref.pid, ref.start_time) if ref.is_of_this_boot else None
     try:
         yield fd
     finally:
@@ -217,4 +231,4 @@ def find_process(pid: int) -> ProcessRef | None:
     stat = process.read_stat(pid)
     if stat is None or stat[0] in "ZX":
         return None
-    return ProcessRef(pid=pid, start_time=stat[1])
+    return ProcessRef(pid=pid, start_time=stat[1], boot_id=process.find_boot_id())

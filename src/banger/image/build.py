@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger import files
+from banger.decoding import decode_json
 from banger.disk.artefacts import built_artefacts, find_artefacts, inputs_key, remove_abandoned
 from banger.disk.background import Job, run_job
 from banger.disk.identity import identify
@@ -339,7 +340,7 @@ def _publish(
     recipe = loaded.recipe
     assert recipe.kernel_ref is not None
     job.stage("publish", f"storing the image {name}")
-    result = msgspec.json.decode((built / _BUILD).read_bytes(), type=_BuildResult)
+    result = decode_json((built / _BUILD).read_bytes(), type=_BuildResult)
     if result.optional_missing:
         job.warn(f"the image {name} lacks what was optional: {', '.join(result.optional_missing)}")
     image_id = secrets.token_hex(16)

@@ -6,6 +6,7 @@ one names a file of the user's by its absolute path. There is no database row.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ import msgspec
 
 from banger import files
 from banger.api.records import ImageConfig, ImageRecord
+from banger.decoding import decode_json
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.faults import step
 from banger.names import check_entry_name
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from banger.config.paths import Paths
+
+log = logging.getLogger(__name__)
 
 ROOTFS = "rootfs.sqfs"
 MANIFEST = "manifest.json"
@@ -64,7 +68,8 @@ def find_image(paths: Paths, name_or_id: str) -> ImageRecord | None:
     """The image with this name or this id, or None.
 
     Raises:
-        BangerError: the name is not allowed, or a manifest cannot be read.
+        BangerError: the name is not allowed, or the manifest of the image with this id cannot be
+            read.
     """
     check_entry_name(name_or_id, "image")
     if manifest := find_manifest(paths.images / name_or_id):
@@ -85,21 +90,48 @@ def get_image(paths: Paths, name_or_id: str) -> ImageRecord:
     if record is None:
         raise BangerError(
             "not_found",
-            f"there is no image {name_or_id!r} here",
+            f"there is no image {name_or_id!r} here" + _but(paths),
             hint="banger image list",
         )
     return record
 
 
+def _but(paths: Paths) -> str:
+    damaged = len(find_damaged(paths))
+    return f"; {damaged} here cannot be read, see: banger doctor" if damaged else ""
+
+
 def list_images(paths: Paths) -> tuple[ImageRecord, ...]:
-    """All images, by name; of two with one name (see `publish_image`) the newest comes first."""
+    """All images, by name; of two with one name (see `publish_image`) the newest comes first.
+
+    One whose manifest is damaged, or of a newer banger, has no name and is none of them: it keeps
+    nobody from using the others. By its id it is found, and told (see `find_damaged`).
+    """
+    found, damaged = _read_images(paths)
+    for error in damaged:
+        log.warning("left out: %s", error)
+    found.sort(key=lambda record: record.created_at, reverse=True)
+    return tuple(sorted(found, key=lambda record: record.name))
+
+
+def find_damaged(paths: Paths) -> list[BangerError]:
+    """What is wrong with each image that `list_images` leaves out."""
+    return _read_images(paths)[1]
+
+
+def _read_images(paths: Paths) -> tuple[list[ImageRecord], list[BangerError]]:
     try:
         directories = [p for p in paths.images.iterdir() if re.fullmatch(r"[0-9a-f]{32}", p.name)]
     except FileNotFoundError:
-        return ()
-    found = [_record(d, manifest) for d in directories if (manifest := find_manifest(d))]
-    found.sort(key=lambda record: record.created_at, reverse=True)
-    return tuple(sorted(found, key=lambda record: record.name))
+        return [], []
+    found, damaged = [], []
+    for directory in directories:
+        try:
+            if manifest := find_manifest(directory):
+                found.append(_record(directory, manifest))
+        except BangerError as e:
+            damaged.append(e)
+    return found, damaged
 
 
 def delete_image(
@@ -196,10 +228,10 @@ def find_manifest(directory: Path) -> ImageManifest | None:
     """
     path = directory / MANIFEST
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ImageManifest)
+        return decode_json(path.read_bytes(), type=ImageManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed", f"reading the image manifest {path}: {e}", hint=f"ls -l {path}"
         ) from e

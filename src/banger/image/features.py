@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.config.resources import recipes_directory
-from banger.errors import BangerError
+from banger.decoding import decode_toml
+from banger.errors import MALFORMED, BangerError
 from banger.image.recipe import (
     LoadedRecipe,
     Manager,
@@ -176,8 +177,8 @@ def _load(name: str) -> tuple[Feature, bytes]:
         )
     text = (_directory() / f"{name}.toml").read_bytes()
     try:
-        return msgspec.toml.decode(text, type=Feature), text
-    except msgspec.DecodeError as e:
+        return decode_toml(text, type=Feature), text
+    except MALFORMED as e:
         raise BangerError("bad_request", f"reading the feature {name}: {e}") from e
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger.config.resources import recipes_directory
+from banger.decoding import decode_toml
 from banger.errors import BangerError
 from banger.names import check_entry_name
 from banger.oci.reference import FileReference, parse_reference
@@ -172,7 +173,7 @@ def load_recipe(name_or_path: str) -> LoadedRecipe:
     except OSError as e:
         raise BangerError("bad_request", f"{doing}: {e.strerror}", hint=f"ls -l {origin}") from e
     try:
-        recipe = msgspec.toml.decode(text, type=Recipe)
+        recipe = decode_toml(text, type=Recipe)
         check_entry_name(recipe.name, "image")
         sources = read_sources(origin.parent, (*recipe.scripts, *recipe.files))
     except (msgspec.DecodeError, ValueError, BangerError) as e:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger.config.resources import recipes_directory
-from banger.errors import BangerError
+from banger.decoding import decode_toml
+from banger.errors import MALFORMED, BangerError
 from banger.kernel.fragment import parse_fragment
 from banger.names import check_entry_name
 
@@ -65,10 +66,10 @@ def find_build_recipe(name: str) -> KernelRecipe | None:
     """The recipe of this name, or None."""
     path = _directory() / f"{check_entry_name(name, 'kernel')}.toml"
     try:
-        recipe = msgspec.toml.decode(path.read_bytes(), type=KernelRecipe)
+        recipe = decode_toml(path.read_bytes(), type=KernelRecipe)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError("bad_request", f"reading the recipe {path}: {e}", hint=_HINT) from e
     if recipe.name != name:
         raise BangerError(

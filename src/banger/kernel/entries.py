@@ -14,9 +14,10 @@ import msgspec
 
 from banger import files
 from banger.api.records import KernelRecord
+from banger.decoding import decode_json
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
-from banger.errors import BangerError
+from banger.errors import MALFORMED, BangerError
 from banger.faults import step
 from banger.names import check_entry_name
 
@@ -165,10 +166,10 @@ def find_manifest(directory: Path) -> KernelManifest | None:
     """
     path = directory / MANIFEST
     try:
-        return msgspec.json.decode(path.read_bytes(), type=KernelManifest)
+        return decode_json(path.read_bytes(), type=KernelManifest)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError(
             "operation_failed",
             f"reading the kernel manifest {path}: {e}",

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.oci.http import BrokenTransfer, address_from, place
 from banger.oci.reference import is_loopback
 
@@ -140,8 +141,8 @@ class Login:
                     f"asking {place(url)} for a token: status {answer.status}",
                 )
             try:
-                reply = msgspec.json.decode(answer.text(_MOST_TOKEN_BYTES), type=_TokenReply)
-            except (msgspec.DecodeError, RecursionError, BrokenTransfer) as e:
+                reply = decode_json(answer.text(_MOST_TOKEN_BYTES), type=_TokenReply)
+            except (BrokenTransfer, *MALFORMED) as e:
                 raise BangerError(
                     "operation_failed", f"asking {place(url)} for a token: no sensible answer"
                 ) from e

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.oci.reference import SHORT_NAME_REGISTRY
 from banger.process import find_program, run
 
@@ -99,12 +100,12 @@ def _read(path: Path) -> _DockerConfig:
     try:
         with path.open("rb") as f:
             text = f.read(_MOST_BYTES)
-        return msgspec.json.decode(text, type=_DockerConfig)
+        return decode_json(text, type=_DockerConfig)
     except (FileNotFoundError, NotADirectoryError):
         return _DockerConfig()
     except OSError as e:
         raise BangerError("operation_failed", f"reading {path}: {e.strerror}") from e
-    except (msgspec.DecodeError, RecursionError) as e:
+    except MALFORMED as e:
         # Its words name the place, never the content.
         raise BangerError("operation_failed", f"reading {path}: {e}") from e
 
@@ -147,8 +148,8 @@ def _ask(helper: str, key: str) -> Credentials | None:
             return None
         raise BangerError("operation_failed", f"{name} ended with status {done.returncode}")
     try:
-        reply = msgspec.json.decode(done.stdout[:_MOST_BYTES], type=_HelperReply)
-    except msgspec.DecodeError as e:
+        reply = decode_json(done.stdout[:_MOST_BYTES], type=_HelperReply)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{name} gave no answer that makes sense") from e
     if reply.username == _TOKEN_USER:
         return Credentials(identity_token=reply.secret)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from banger.api.records import ImageConfig
+from banger.decoding import decode_json
 from banger.oci.errors import BadImage
 
 INDEX_TYPES = (
@@ -147,7 +148,7 @@ def parse_document(data: bytes, kind: type[D]) -> D:
     if len(data) > MOST_DOCUMENT_BYTES:
         raise BadImage(f"a document of more than {MOST_DOCUMENT_BYTES >> 20} MiB")
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decode_json(data, type=kind)
     except BadImage:
         raise
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as e:

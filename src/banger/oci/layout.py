@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.files import sha256_file
 from banger.oci.documents import (
     MOST_DOCUMENT_BYTES,
@@ -103,10 +104,8 @@ def read_docker_archive(path: Path, tag: str | None) -> OciImage:
     with reading(f"the archive {path}"):
         files = _open_files(path)
         try:
-            entries = msgspec.json.decode(
-                _document(files, "manifest.json"), type=tuple[_SaveEntry, ...]
-            )
-        except (msgspec.DecodeError, RecursionError) as e:
+            entries = decode_json(_document(files, "manifest.json"), type=tuple[_SaveEntry, ...])
+        except MALFORMED as e:
             raise BadImage(f"manifest.json: {e}") from e
         names = [name for entry in entries for name in entry.repo_tags or ()]
         if tag is not None:

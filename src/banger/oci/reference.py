@@ -134,6 +134,10 @@ def check_platform(platform: str) -> None:
 
 
 def _parse_registry(text: str, default_registry: str) -> RegistryReference:
+    if text.startswith(("/", "./", "../", "~")):
+        raise _refused(
+            text, "a path needs docker-archive:, oci-archive:, oci: or archive: in front"
+        )
     rest, at, digest = text.partition("@")
     if at and not _DIGEST.fullmatch(digest):
         raise _refused(text, f"{digest[:80]!r} is no sha256 digest")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.api.envelope import Reply
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 
 if TYPE_CHECKING:
@@ -211,8 +212,8 @@ def decode_reply(line: bytes | None, doing: str) -> Reply:
     if line is None:
         raise connection_lost(doing)
     try:
-        reply = msgspec.json.decode(line, type=Reply)
-    except (msgspec.DecodeError, RecursionError) as e:
+        reply = decode_json(line, type=Reply)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: the peer's reply is malformed: {e}") from e
     if reply.error is not None:
         raise reply.error.exception()

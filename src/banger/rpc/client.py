@@ -12,6 +12,7 @@ import msgspec
 from banger import __version__
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE
+from banger.decoding import convert, decode_json
 from banger.errors import BangerError
 from banger.rpc.blocking import BlockingChannel
 from banger.rpc.frames import FrameType
@@ -82,7 +83,7 @@ def _ask(
         raise lost_before(method) from cut_off
     if line is None:
         raise lost_after(method, target_of(params), op_id)
-    reply = msgspec.json.decode(line, type=Reply)
+    reply = decode_json(line, type=Reply)
     if reply.error is not None:
         raise reply.error.exception()
     return msgspec.structs.replace(reply, op_id=reply.op_id or op_id)
@@ -105,7 +106,7 @@ def call(
     channel = connect(path, timeout_s=timeout_s)
     try:
         reply = _ask(channel, method, params, state)
-        return msgspec.convert(reply.result, type=result)
+        return convert(reply.result, type=result)
     finally:
         channel.close()
 
@@ -123,7 +124,7 @@ def call_with_fd(
     try:
         reply = _ask(channel, method, params, state)
         (fd,) = channel.take_fds(1)
-        return msgspec.convert(reply.result, type=result), socket.socket(fileno=fd)
+        return convert(reply.result, type=result), socket.socket(fileno=fd)
     finally:
         channel.close()
 
@@ -155,9 +156,9 @@ class StreamingCall:
         while (frame := self.channel.read_frame()) is not None:
             kind, payload = frame
             if kind is FrameType.EVENT:
-                self._on_event(msgspec.json.decode(payload))
+                self._on_event(decode_json(payload, dict[str, Any]))
             elif kind is FrameType.ERROR:
-                raise msgspec.json.decode(payload, type=WireError).exception()
+                raise decode_json(payload, type=WireError).exception()
             elif kind is FrameType.RESULT:
                 self.result_payload = payload
                 return
@@ -169,7 +170,7 @@ class StreamingCall:
         """Wait for the final result. Raises as `call`."""
         for _ in self.frames():
             raise BangerError("operation_failed", f"{self._method} sent data where none was due")
-        return msgspec.json.decode(self.result_payload, type=kind)
+        return decode_json(self.result_payload, type=kind)
 
     def fd(self) -> socket.socket:
         """The connected descriptor that came with the final frame."""
@@ -193,7 +194,10 @@ class StreamingCall:
                 if frame[0] is FrameType.RESULT:
                     return "" if self._method in REPEATABLE else f"too late, it is done; {show}"
                 if frame[0] is FrameType.ERROR:
-                    return ""
+                    failed = decode_json(frame[1], type=WireError).exception()
+                    # Else it was given back, which is what was wished.
+                    told = [str(failed), *([f"hint: {failed.hint}"] if failed.hint else [])]
+                    return "\n".join(told) if failed.outcome == "unknown" else ""
         except TimeoutError:
             return f"what it had made is still being given back; {show}"
         except (OSError, BangerError):

@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-import msgspec
-
 from banger.api.envelope import WireError
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.rpc import frames
 from banger.rpc.channel import connection_lost
 from banger.rpc.frames import FrameType
@@ -108,6 +107,6 @@ class DataReader(io.RawIOBase):
 def decode(payload: bytes, kind: type[T], doing: str) -> T:
     """A document of the peer, checked. Raises BangerError."""
     try:
-        return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as e:
+        return decode_json(payload, type=kind)
+    except MALFORMED as e:
         raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e

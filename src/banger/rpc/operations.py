@@ -15,13 +15,15 @@ import re
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import WireError
 from banger.api.operations import REPEATABLE, Operation, OperationState
+from banger.decoding import decode_json
+from banger.errors import MALFORMED
 from banger.files import write_atomic
 from banger.rpc.outcomes import daemon_ended, target_of
 
@@ -35,13 +37,15 @@ KEPT_S = 600.0
 _MOST_KEPT = 1000
 _MOST_LINES = 4 * _MOST_KEPT
 _MOST_WARNINGS = 50
+# A damaged line could say a time that no calendar has.
+_YEAR_10000 = 253402300800
 
 
 class _Line(Wire, frozen=True, kw_only=True, omit_defaults=True):
     """A line of the journal: a beginning, or with `state` an end."""
 
     id: str
-    at: float
+    at: Annotated[float, msgspec.Meta(ge=0, lt=_YEAR_10000)]
     kind: str = ""
     target: str = ""
     detached: bool = False
@@ -158,6 +162,9 @@ class Operations:
         self._journal = journal
         self._fd = -1
         self._lines = 0
+        self._behind = False
+        """A line found no room: the journal lacks what the table has."""
+
         if journal is not None:
             self._read(journal)
             self._rewrite()
@@ -225,9 +232,9 @@ class Operations:
         except OSError:
             return
         for text in lines:
-            # A crash of the host may have torn a line; the others are worth having.
-            with contextlib.suppress(msgspec.DecodeError):
-                self._take(msgspec.json.decode(text, type=_Line))
+            # A crash in the middle of a write may have torn a line; the others are worth having.
+            with contextlib.suppress(*MALFORMED):
+                self._take(decode_json(text, type=_Line))
         for entry in self._entries.values():
             if entry.state == "running":
                 error = WireError.of(daemon_ended(entry.kind, entry.target), entry.id)
@@ -243,10 +250,9 @@ class Operations:
             known.target = line.target or known.target
             known.end(line.state, at=line.at, result=line.result, error=line.error)
 
-    def _rewrite(self) -> None:
-        """The journal anew, with what is still known."""
+    def _rewrite(self) -> bool:
+        """The journal anew, with what is still known; where that fails it stays as it is."""
         assert self._journal is not None
-        self.close()
         lines = []
         for e in self._entries.values():
             if e.kind in REPEATABLE:
@@ -254,20 +260,39 @@ class Operations:
             lines += [_begin_line(e)] if e.state == "running" else [_begin_line(e), _end_line(e)]
         try:
             write_atomic(self._journal, b"".join(msgspec.json.encode(x) + b"\n" for x in lines))
-            self._fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as e:
-            log.warning("the journal of operations %s: %s", self._journal, e)
-        self._lines = len(lines)
+            if not self._behind:  # once, not at every operation
+                log.warning("the journal of operations %s: %s", self._journal, e)
+            self._behind = True
+            return False
+        self.close()
+        self._fd, self._lines, self._behind = fd, len(lines), False
+        return True
 
     def _write(self, line: _Line) -> None:
         if self._journal is None:
             return
-        if self._lines >= _MOST_LINES or self._fd < 0:
-            self._rewrite()
-        self._lines += 1
+        anew = self._behind or self._fd < 0 or self._lines >= _MOST_LINES
+        if anew and self._rewrite():
+            return  # the table has what the line says
+        self._append(msgspec.json.encode(line) + b"\n")
+
+    def _append(self, text: bytes) -> None:
+        """Add a line, or nothing of it: to a part of one the next would be glued."""
+        if self._fd < 0:
+            return
+        size = os.fstat(self._fd).st_size
         # Not synced: it has to outlive the daemon, and not the host, which ends every VM anyway.
         with contextlib.suppress(OSError):
-            os.write(self._fd, msgspec.json.encode(line) + b"\n")
+            if os.write(self._fd, text) == len(text):
+                self._lines += 1
+                return
+        self._behind = True
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError:
+            self.close()
 
 
 def _begin_line(entry: Entry) -> _Line:

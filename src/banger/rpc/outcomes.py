@@ -5,6 +5,7 @@ Pure, and cheap to import: commands use it too.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from banger.api.operations import REPEATABLE
@@ -37,6 +38,14 @@ def target_of(params: Any) -> str:
     params = getattr(params, "create", params)
     words = [getattr(params, field, None) for field in ("vm", "name", "session", "reference")]
     return "/".join(word for word in words if isinstance(word, str))
+
+
+def fill_in(error: BangerError, vm: str) -> BangerError:
+    """The error, with its VM's name in the next command: who asks a guest for something does not
+    know what the machine is called, and writes `VM`."""
+    if error.hint and re.fullmatch(r"[a-z0-9-]+", vm):
+        error.hint = re.sub(r"\bVM\b", vm, error.hint)
+    return error
 
 
 def may_have_happened(method: str, target: str) -> str:

@@ -22,12 +22,15 @@ import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE, Detached
-from banger.errors import BangerError, find_disk_full
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType
 from banger.rpc.operations import Operations
+from banger.rpc.outcomes import fill_in
 from banger.rpc.unix import short_path
+from banger.rpc.unsent import Unsent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +62,10 @@ class Call:
         self.streaming = False
         self.answered = False
         self._loop = asyncio.get_running_loop()
-        self._pending: set[asyncio.Task[None]] = set()
+        self._unsent = Unsent()
+        self._sender: asyncio.Task[None] | None = None
         self._given_up = False
+        self._waits_since: float | None = None
         self._sending: set[asyncio.Task[Any]] = set()
         operation.on_cancel = self.give_up
 
@@ -105,7 +110,11 @@ class Call:
             task = asyncio.ensure_future(send(what))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
-            await task
+            self._waits_since = self._loop.time()
+            try:
+                await task
+            finally:
+                self._waits_since = None
 
         try:
             asyncio.run_coroutine_threadsafe(sent(), self._loop).result()
@@ -113,6 +122,11 @@ class Call:
             raise BangerError(
                 "operation_failed", f"{self.operation.kind}: cancelled", reason="cancelled"
             ) from e
+
+    @property
+    def untaken_s(self) -> float:
+        """For how long a worker thread has waited for the client to take what it sends."""
+        return 0.0 if self._waits_since is None else self._loop.time() - self._waits_since
 
     def give_up(self) -> None:
         """Wait for the client no more: a thread that does could not hear of a cancellation."""
@@ -140,14 +154,14 @@ class Call:
         if self.answered:
             return
         self.answered = True
-        wire = WireError.of(error, self.op_id)
+        wire = WireError.of(_filled_in(self.operation, error), self.op_id)
         if self.streaming:
             await self.channel.write_frame(FrameType.ERROR, msgspec.json.encode(wire))
         else:
             await self.channel.write_document(Reply(error=wire, op_id=self.op_id))
 
     # A reporter for the rooms and their worker threads: progress must never block or fail what it
-    # reports on, so it is sent by tasks of its own, in order.
+    # reports on, so a task of its own sends it, in order, and merged where the client is slow.
     def _send_soon(self, event: dict[str, Any]) -> None:
         self._loop.call_soon_threadsafe(self._start_sending, event)
 
@@ -155,15 +169,15 @@ class Call:
         self.operation.tell(event)
         if not self.streaming or self.answered:
             return
+        self._unsent.add(event)
+        if self._sender is None or self._sender.done():
+            self._sender = self._loop.create_task(self._send_events())
 
-        async def send() -> None:
-            with contextlib.suppress(BangerError):
-                if not self.answered:
-                    await self.event(event)
-
-        task = self._loop.create_task(send())
-        self._pending.add(task)
-        task.add_done_callback(self._pending.discard)
+    async def _send_events(self) -> None:
+        with contextlib.suppress(BangerError):
+            while not self.answered and (events := self._unsent.take()):
+                encoded = (frames.encode(FrameType.EVENT, msgspec.json.encode(e)) for e in events)
+                await self.channel.write(b"".join(encoded))
 
     def stage(self, stage: str, label: str, detail: str = "") -> None:
         self._send_soon({"stage": stage, "label": label, "detail": detail})
@@ -175,9 +189,15 @@ class Call:
         self._send_soon({"warning": message})
 
     async def drain_events(self) -> None:
-        await asyncio.sleep(0)  # lets what a thread reported last become a task
-        if self._pending:
-            await asyncio.gather(*self._pending, return_exceptions=True)
+        await asyncio.sleep(0)  # lets what a thread reported last be noted
+        if self._sender is not None:
+            await asyncio.wait({self._sender})
+
+    async def close(self) -> None:
+        """Send nothing more: a write that still waits for room would outlive its socket."""
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.wait({self._sender})
 
 
 Handler = Callable[[Call, Any], Awaitable[Any]]
@@ -277,8 +297,8 @@ class Server:
     async def _answer(self, channel: Channel, line: bytes, pid: int, uid: int) -> None:
         started = time.monotonic()
         try:
-            request = msgspec.json.decode(line, type=Request)
-        except (msgspec.DecodeError, RecursionError) as e:
+            request = decode_json(line, type=Request)
+        except MALFORMED as e:
             error = BangerError("bad_request", f"the request line is malformed: {e}")
             await channel.write_document(Reply(error=WireError.of(error)))
             return
@@ -334,6 +354,7 @@ class Server:
             if entry.state == "running" and entry.task is None:
                 # Its client left before the handler began.
                 self._settle(entry, _cancelled(entry))
+            await call.close()
 
     def _decode(self, request: Request, uid: int) -> tuple[Method, Any]:
         if uid not in (self._owner_uid, 0):
@@ -365,8 +386,8 @@ class Server:
         if method is None:
             raise BangerError("unknown_method", f"there is no method {request.method!r}")
         try:
-            return method, msgspec.json.decode(request.params, type=method.params)
-        except (msgspec.DecodeError, RecursionError) as e:
+            return method, decode_json(request.params, type=method.params)
+        except MALFORMED as e:
             raise BangerError("bad_request", f"{request.method}: {e}") from e
 
     async def _carry_out(self, call: Call, method: Method, params: Any) -> Any:
@@ -421,8 +442,13 @@ class Server:
             self._settle(entry, _unexpected(entry, e))
 
     def _settle(self, entry: Entry, error: BangerError) -> None:
-        error = find_disk_full(error) or error
+        error = _filled_in(entry, find_disk_full(error) or error)
         self.operations.end(entry, error.outcome, error=WireError.of(error, entry.id))
+
+
+def _filled_in(entry: Entry, error: BangerError) -> BangerError:
+    vm = entry.target.partition("/")[0] if entry.kind.startswith("vm.") else ""
+    return fill_in(error, vm)
 
 
 def _cancelled(entry: Entry) -> BangerError:

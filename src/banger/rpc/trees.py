@@ -18,6 +18,7 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import WireError
+from banger.decoding import convert
 from banger.errors import BangerError
 from banger.rpc.blocking import BlockingChannel
 from banger.rpc.channel import connection_lost, decode_reply
@@ -169,7 +170,7 @@ class GuestFiles:
         """What a path leads to; None when nothing is there."""
         doing = f"looking at {path} in the guest"
         try:
-            return msgspec.convert(self.call("stat", {"path": path}, doing), type=PathFacts)
+            return convert(self.call("stat", {"path": path}, doing), type=PathFacts)
         except BangerError as e:
             if self.is_absent(e):
                 return None
@@ -267,7 +268,7 @@ class GuestFiles:
         doing = "asking the guest for its distribution"
         result = self.call("packages", {}, doing)
         try:
-            return msgspec.convert(result, type=GuestSystem)
+            return convert(result, type=GuestSystem)
         except msgspec.ValidationError as e:
             raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
 

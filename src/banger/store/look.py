@@ -10,7 +10,8 @@ from urllib.parse import quote
 import msgspec
 
 from banger.api.records import VmRecord
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.store.database import migrations
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def look_at_database(path: Path) -> DatabaseLook | None:
             vms = None
             if 1 <= version <= known and not problems:
                 rows = connection.execute("SELECT record FROM vms").fetchall()
-                found = [msgspec.json.decode(record, type=VmRecord) for (record,) in rows]
+                found = [decode_json(record, type=VmRecord) for (record,) in rows]
                 vms = tuple(sorted(found, key=lambda vm: vm.name))
             elif version == 0:
                 vms = ()
             return DatabaseLook(version=version, known_version=known, problems=problems, vms=vms)
-    except (sqlite3.Error, msgspec.DecodeError) as e:
+    except (sqlite3.Error, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading the database {path}: {e}") from e

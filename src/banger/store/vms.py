@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from banger.api.records import VmRecord
+from banger.decoding import decode_json
 from banger.errors import BangerError
 from banger.names import generate_vm_name, short_id
 from banger.store.database import explained, keep_room, lent_room, transaction
@@ -67,13 +68,13 @@ class VmStore:
     def list(self) -> list[VmRecord]:
         with self._doing("reading"):
             rows = self._db.execute("SELECT record FROM vms").fetchall()
-        records = [msgspec.json.decode(r, type=VmRecord) for (r,) in rows]
+        records = [decode_json(r, type=VmRecord) for (r,) in rows]
         return sorted(records, key=lambda vm: vm.name)
 
     def find(self, vm_id: str) -> VmRecord | None:
         with self._doing("reading"):
             row = self._db.execute("SELECT record FROM vms WHERE id = ?", (vm_id,)).fetchone()
-        return msgspec.json.decode(row[0], type=VmRecord) if row else None
+        return decode_json(row[0], type=VmRecord) if row else None
 
     def resolve(self, ref: str) -> VmRecord:
         """The VM of a name, an id, or a unique id prefix of at least 4 characters.

@@ -22,6 +22,7 @@ from banger.units import GIB, MIB, format_size
 from banger.vm import admission
 from banger.vm.handles import Secrets
 from banger.vm.start import start
+from banger.vm.threads import finish_in_thread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +179,7 @@ async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
     VM is whole or the next daemon ends what was begun. Nobody meets a VM without its disks. On a
     full disk the directory makes room for the rest.
     """
-    hosts = [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+    hosts = _hosts_of(vm)
     directory = ctx.vm_paths(vm.id).directory
     aside = directory.with_name(f"{ASIDE}{vm.id}")
     full = False
@@ -192,33 +193,45 @@ async def forget_vm(ctx: VmContext, vm: VmRecord) -> None:
     try:
         async with step("delete.aside"):
             if directory.exists():
-                remove_tree(aside)
+                if aside.exists():
+                    await finish_in_thread(remove_tree, aside)
                 directory.rename(aside)
                 # Or a power cut might take the row alone, and leave disks that are nobody's.
                 sync_directory(aside.parent)
         async with step("delete.row"):
-            _delete_row(ctx, vm, aside)
+            await _delete_row(ctx, vm, aside)
     except BaseException:
         if ctx.store.find(vm.id) is None:
-            remove_tree(aside)
+            await finish_in_thread(remove_tree, aside)
         elif aside.exists():
             aside.rename(directory)
         raise
     try:
         async with step("delete.files"):
-            remove_tree(aside)
+            # A large file goes extent by extent, which takes ext4 seconds.
+            await finish_in_thread(remove_tree, aside)
     except (BangerError, OSError) as e:
         # The VM is gone; what is left of it takes room, and doctor says so.
         log.warning("removing what is left of VM %s in %s: %s", vm.name, aside, e)
-    if full:
-        replace_host(ctx.paths.known_hosts, hosts, None)
+    finally:
+        if full:
+            # Meanwhile another VM may have got its name or its address.
+            used = {x for other in ctx.store.list() for x in _hosts_of(other)}
+            replace_host(ctx.paths.known_hosts, set(hosts) - used, None)
 
 
-def _delete_row(ctx: VmContext, vm: VmRecord, aside: Path) -> None:
+def _hosts_of(vm: VmRecord) -> list[str]:
+    return [f"{vm.name}.vm", *([vm.address] if vm.address else [])]
+
+
+async def _delete_row(ctx: VmContext, vm: VmRecord, aside: Path) -> None:
     try:
         ctx.store.delete(vm.id)
     except BangerError as e:
         if e.reason != "disk_full":
             raise
-        remove_tree(aside)
-        ctx.store.delete(vm.id)
+        try:
+            await finish_in_thread(remove_tree, aside)
+        finally:
+            # Also when cancelled: a VM without its disks is none.
+            ctx.store.delete(vm.id)

@@ -13,7 +13,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.records import VmmName
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.files import write_atomic
 from banger.guest.endpoint import Endpoint
 from banger.host.lease import LeaseId, LeasePlan
@@ -53,10 +54,10 @@ def find_handles(paths: VmPaths) -> Handles | None:
         BangerError: the file is damaged; the ledger decides then.
     """
     try:
-        return msgspec.json.decode(paths.handles.read_bytes(), type=Handles)
+        return decode_json(paths.handles.read_bytes(), type=Handles)
     except FileNotFoundError:
         return None
-    except (msgspec.DecodeError, OSError) as e:
+    except (OSError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading {paths.handles}: {e}") from e
 
 
@@ -68,6 +69,6 @@ def clear_handles(paths: VmPaths) -> None:
 def read_secrets(paths: VmPaths) -> Secrets:
     """Raises BangerError when the file is gone or damaged."""
     try:
-        return msgspec.json.decode(paths.secrets.read_bytes(), type=Secrets)
-    except (msgspec.DecodeError, OSError) as e:
+        return decode_json(paths.secrets.read_bytes(), type=Secrets)
+    except (OSError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"reading {paths.secrets}: {e}") from e

@@ -42,7 +42,7 @@ def find_in_lease(lease: LeaseStatus | None) -> ProcessRef | None:
     if lease is None:
         return None
     if lease.pid is not None and lease.start_time is not None:
-        launched = ProcessRef(pid=lease.pid, start_time=lease.start_time)
+        launched = ProcessRef(pid=lease.pid, start_time=lease.start_time, boot_id=lease.boot_id)
         if is_alive(launched):
             return launched
     if lease.cgroup is None:

@@ -30,6 +30,7 @@ from banger.vm.machines import (
     rebuild_handles,
 )
 from banger.vm.start import watch
+from banger.vm.threads import finish_in_thread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,8 +87,10 @@ class _Reconciliation:
         for vm in ctx.store.list():
             await self._in_turn(vm.id)
         for aside in _list(ctx.paths.vms):
-            if aside.name.startswith(ASIDE) and ctx.store.find(aside.name[len(ASIDE) :]) is None:
-                self._remove(aside, f"removed what was left of a deleted VM in {aside}")
+            vm_id = aside.name.removeprefix(ASIDE)
+            # With the VM's lock held, its delete is just removing it.
+            if vm_id != aside.name and not ctx.is_locked(vm_id) and ctx.store.find(vm_id) is None:
+                await self._remove(aside, f"removed what was left of a deleted VM in {aside}")
         rows = {vm.id for vm in ctx.store.list()}
         for vm_id in ctx.undecided.keys() - rows:
             del ctx.undecided[vm_id]
@@ -97,7 +100,7 @@ class _Reconciliation:
         short = {vm_id[:12] for vm_id in rows}
         for path in sockets:
             if path.name not in short and path.exists():
-                self._sockets_without_a_vm(path)
+                await self._sockets_without_a_vm(path)
         await self._release_unused(rows)
 
     def _tell(self, what: str) -> None:
@@ -108,10 +111,10 @@ class _Reconciliation:
         if failures:
             self.failures.append(f"{what}: {'; '.join(failures)}")
 
-    def _remove(self, path: Path, done: str) -> None:
+    async def _remove(self, path: Path, done: str) -> None:
         """Remove a directory of nobody's; one that cannot be (of root's, say) is told."""
         try:
-            remove_tree(path)
+            await finish_in_thread(remove_tree, path)
         except OSError as e:
             log.warning("removing %s: %s", path, e)
             self._fail(f"removing {path}", [e.strerror or str(e)])
@@ -310,12 +313,14 @@ class _Reconciliation:
                 "WARN",
             )
         else:
-            self._remove(directory, f"removed the directory {directory}, which belonged to no VM")
+            await self._remove(
+                directory, f"removed the directory {directory}, which belonged to no VM"
+            )
 
-    def _sockets_without_a_vm(self, path: Path) -> None:
+    async def _sockets_without_a_vm(self, path: Path) -> None:
         process = self.machines.get(path.name)
         if process is None or not is_alive(process):
-            self._remove(path, f"removed the sockets in {path}, which belonged to no VM")
+            await self._remove(path, f"removed the sockets in {path}, which belonged to no VM")
         elif not any(vm_id.startswith(path.name) for vm_id in self.ctx.undecided):
             self._leave(
                 path.name,

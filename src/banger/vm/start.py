@@ -27,6 +27,7 @@ from banger.faults import step
 from banger.files import ensure_private_directory
 from banger.guest.client import GuestClient
 from banger.guest.config import CONFIG_MEMBER
+from banger.host import clock
 from banger.host.lease import derive_mac
 from banger.host.uplink import find_uplink_mtu
 from banger.host.vmm_process import ExitStatus, ProcessRef, launch_vmm, wait_exit
@@ -40,12 +41,12 @@ from banger.vm.cleanup import handles_of, is_live, release_everything, reset
 from banger.vm.file_sync import choose_entries, plan_file_sync, send_files
 from banger.vm.handles import Handles, read_secrets, write_handles
 from banger.vm.plan import StartPlan, build_start_plan
+from banger.vm.space import send_time
+from banger.vm.threads import finish_in_thread
 from banger.vm.undo import Undo
 from banger.vmm.driver import remove_stale_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from banger.api.records import ImageRecord, KernelRecord, VmRecord
     from banger.guest.announce import Announcement
     from banger.progress import Reporter
@@ -107,7 +108,7 @@ async def start(
         undo.push("what it held", lambda: _release(ctx, vm))
         timer.stage("disks", "preparing disks")
         async with step("start.disks"):
-            await _finish_thread(_make_disks, ctx, plan)
+            await finish_in_thread(_make_disks, ctx, plan)
 
         handles = Handles(vmm=driver.name, endpoint=plan.endpoint)
         if plan.lease is not None:
@@ -132,6 +133,9 @@ async def start(
             announced = listening.enter_context(
                 ctx.announcements.expect(vm.id, plan.guest_config.token)
             )
+            # The guest is told the time once, when it announces itself; in the record, and so known
+            # to those who look for jumps of the clocks, it is later.
+            clocks = clock.read_clocks()
             timer.stage("launch", f"starting {driver.name}")
             async with step("start.launch"):
                 process = await _launch(ctx, plan, driver, handles.cgroup, listening, console_start)
@@ -177,6 +181,8 @@ async def start(
             running = _publish(ctx, vm, driver, process, announcement)
         # Not before: a record that cannot be written must not leave a machine that nobody knows.
         undo.keep()
+    if clock.find_jump(clocks, clock.read_clocks()) is not None:
+        await send_time(ctx, running)
     timer.log(vm)
     if plan.lease is not None:
         # Not before: on a small host it would take from the guest's boot.
@@ -320,17 +326,6 @@ def _make_disks(ctx: VmContext, plan: StartPlan) -> None:
     )
 
 
-async def _finish_thread(work: Callable[..., None], *args: object) -> None:
-    """As `asyncio.to_thread`; when cancelled it still waits for the thread, which cannot be stopped
-    and would make again what the undo removes."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        raise
-
-
 async def _release(ctx: VmContext, vm: VmRecord) -> None:
     # A rollback that was begun is finished, also when its caller is cancelled once more.
     failures = await ctx.finish_alone(
@@ -338,13 +333,13 @@ async def _release(ctx: VmContext, vm: VmRecord) -> None:
     )
     if failures:
         text = "; ".join(failures)
-        ctx.store.update(vm.id, state="error", last_error=text, boot_id=None)
+        ctx.store.update(vm.id, state="error", last_error=text, boot_id=None, paused=None)
         raise BangerError("operation_failed", text)
     now = ctx.store.find(vm.id)
     if now is not None and now.state == "running":
         # Also where it was said before: then a machine had ended, and nobody watches any more.
         before = "stopped" if vm.state == "running" else vm.state
-        ctx.store.update(vm.id, state=before, boot_id=None)
+        ctx.store.update(vm.id, state=before, boot_id=None, paused=None)
 
 
 async def _ready(

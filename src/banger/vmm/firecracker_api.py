@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.vmm.driver import connected
 
 if TYPE_CHECKING:
@@ -85,6 +86,6 @@ def _parse_head(head: bytes) -> tuple[int, int]:
 
 def _fault_text(answer: bytes) -> str:
     try:
-        return msgspec.json.decode(answer, type=_Fault).fault_message
-    except msgspec.DecodeError:
+        return decode_json(answer, type=_Fault).fault_message
+    except MALFORMED:
         return answer[:400].decode(errors="replace").strip() or "no reason given"

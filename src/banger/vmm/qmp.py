@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from banger.errors import BangerError
+from banger.decoding import decode_json
+from banger.errors import MALFORMED, BangerError
 from banger.vmm.driver import connected
 
 if TYPE_CHECKING:
@@ -68,6 +69,6 @@ async def _ask(
 async def _read(reader: asyncio.StreamReader, command: str) -> _Message:
     try:
         line = await reader.readuntil(b"\n")
-        return msgspec.json.decode(line, type=_Message)
-    except (asyncio.LimitOverrunError, msgspec.DecodeError) as e:
+        return decode_json(line, type=_Message)
+    except (asyncio.LimitOverrunError, *MALFORMED) as e:
         raise BangerError("operation_failed", f"QMP {command}: {e}") from e

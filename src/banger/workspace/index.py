@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from banger.workspace.git import failure
 from banger.workspace.names import check_name
 
 if TYPE_CHECKING:
@@ -63,13 +64,22 @@ def list_submodules(git: Git) -> list[bytes]:
     return [name for meta, _, name in records if check_name(name) and meta.startswith(b"160000 ")]
 
 
+_FORBIDDEN = re.compile(rb"^warning: .*: Permission denied$", re.M)
+
+
 def list_untracked(git: Git) -> list[bytes]:
     """Untracked files that are not ignored. A repository inside the repository comes back as one
-    name that ends in `/`."""
-    out = git.run(
-        "ls-files", "-z", "--others", "--exclude-standard", doing="listing untracked files"
-    )
-    names = out.split(b"\0")[:-1]
+    name that ends in `/`.
+
+    Raises:
+        BangerError: git may not look into a directory, or read a `.gitignore`: what it leaves out
+            then, or does not, is not what was asked for.
+    """
+    doing = "listing untracked files"
+    done = git.try_run("ls-files", "-z", "--others", "--exclude-standard")
+    if done.returncode != 0 or _FORBIDDEN.search(done.stderr):
+        raise failure(doing, done.stderr, done.returncode)
+    names = done.stdout.split(b"\0")[:-1]
     for name in names:
         check_name(name.removesuffix(b"/"))
     return names

@@ -150,6 +150,15 @@ def _refusal(start: Path, stderr: bytes, status: int) -> BangerError:
             reason="safe_directory",
         )
     if b"not a git repository" in stderr:
+        # A `.git` that git cannot read, or whose half is missing, is no reason to make another.
+        for entry in (directory / ".git" for directory in (start, *start.parents)):
+            if os.path.lexists(entry):
+                return BangerError(
+                    "operation_failed",
+                    f"git does not take {entry} for a repository{_why_not(entry)}",
+                    hint=f"ls -la {shlex.quote(str(entry))}",
+                    reason="not_a_repository",
+                )
         return BangerError(
             "bad_request",
             f"{start} is not inside a git repository",
@@ -157,6 +166,14 @@ def _refusal(start: Path, stderr: bytes, status: int) -> BangerError:
             reason="not_a_repository",
         )
     return failure(f"inspecting {start}", stderr, status)
+
+
+def _why_not(entry: Path) -> str:
+    try:
+        (entry / "HEAD").open("rb").close() if entry.is_dir() else entry.open("rb").close()
+    except OSError as e:
+        return f": {e.filename}: {e.strerror}"
+    return ""
 
 
 def _check_work_tree_is_here(root: Path, git_dir: Path) -> None:

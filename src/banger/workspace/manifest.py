@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from banger.api.records import Workspace
+from banger.decoding import decode_msgpack
+from banger.errors import MALFORMED
 from banger.faults import step
 from banger.files import sync_directory, write_atomic
 from banger.rpc.trees import Record  # noqa: TC001 - msgspec reads the annotations
@@ -84,10 +86,8 @@ def manifest_path(directory: Path, guest_path: str) -> Path:
 def find_manifest(directory: Path, guest_path: str) -> Manifest | None:
     """What was put at a guest path; None when nothing was, or nobody can tell any more."""
     try:
-        found = msgspec.msgpack.decode(
-            manifest_path(directory, guest_path).read_bytes(), type=Manifest
-        )
-    except (FileNotFoundError, msgspec.DecodeError):
+        found = decode_msgpack(manifest_path(directory, guest_path).read_bytes(), type=Manifest)
+    except (FileNotFoundError, *MALFORMED):
         return None
     return found if found.version == _VERSION else None
 

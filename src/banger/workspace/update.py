@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 from contextlib import ExitStack
 from dataclasses import replace
@@ -275,7 +276,8 @@ def _refusal(what: Preparation, lost: list[bytes], moved: list[str]) -> BangerEr
     return BangerError(
         "operation_failed",
         f"{what.guest_path} was changed in the guest since it was prepared: {'; '.join(parts)}",
-        hint="banger vm workspace diff VM shows it; prepare --force overwrites it",
+        hint="banger vm workspace diff VM; to overwrite it: banger vm workspace prepare VM "
+        f"{shlex.quote(str(what.repository.root))} --force",
         reason="changed_in_guest",
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from typing import TYPE_CHECKING, Self
 
@@ -157,8 +158,9 @@ class WorkTree:
         return self._fds[-1]
 
     def _error(self, name: bytes, e: OSError) -> BangerError:
+        path = self._root / name.decode(errors="replace")
         return BangerError(
             "operation_failed",
             f"reading {format_name(name)} in {self._root}: {e.strerror}",
-            hint=f"ls -ld {self._root}",
+            hint=f"ls -ld {shlex.quote(str(path))}",
         )

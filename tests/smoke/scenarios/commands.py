@@ -122,7 +122,7 @@ def _read_to(terminal: int, word: bytes) -> bytes:
     """What the terminal shows until the word is there."""
     seen = b""
     while word not in seen:
-        readable, _, _ = select.select([terminal], [], [], 60)
+        readable, _, _ = select.select([terminal], [], [], CALL_S)
         expect(bool(readable), f"the terminal shows {seen!r} and no {word!r}")
         seen += os.read(terminal, 4096)
     print(seen.decode(errors="replace"), flush=True)

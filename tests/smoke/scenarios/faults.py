@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.smoke.calls import Caller, expect, host, wait_until
 from tests.smoke.census import links, vmm_processes
 from tests.smoke.registry import scenario
-from tests.smoke.user_mode import ROOT, user_mode
+from tests.smoke.user_mode import ROOT, stop_daemon, user_mode
 
 _MARKS = Path("/var/lib/smoke-faults")
 _LIST_STEPS = "import json, banger.faults; print(json.dumps(banger.faults.STEPS))"
@@ -67,7 +67,7 @@ def _killed(user: Caller, dice: random.Random, steps: list[str], *command: str) 
     """Run a command whose daemon is killed at one of the steps; the order that did it."""
     order = f"{dice.choice(steps)}:{dice.choice(_MOMENTS)}:kill"
     print(f"order: {order}")
-    user("daemon", "stop")
+    stop_daemon(user)
     faulty = dataclasses.replace(user, extra={**user.extra, "BANGER_FAULTS": f"{_MARKS}:{order}"})
     faulty.done(*command)
     expect((_MARKS / order).exists(), f"{order} was not met")
@@ -76,7 +76,7 @@ def _killed(user: Caller, dice: random.Random, steps: list[str], *command: str) 
 
 def _held() -> tuple[list[str], list[str]]:
     """What VMs of user mode hold when no VMM is left: links, files."""
-    wait_until(lambda: not vmm_processes(), "every VMM to end", 60)
+    wait_until(lambda: not vmm_processes(), "every VMM to end")
     places = [ROOT / "state/banger/vms", ROOT / "run/banger/vms", ROOT / "run/banger/leases"]
     files = [str(path) for place in places if place.exists() for path in place.iterdir()]
     return sorted(link for link in links() if "tap-fc" in link), sorted(files)

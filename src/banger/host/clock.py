@@ -1,6 +1,6 @@
 """The host's clocks, and whether one of them has jumped: it slept, or somebody set its time.
 
-Values only; who has to be told is the sweeps' matter. Source: clock_gettime(2).
+Values only; who has to be told is for those who ask. Source: clock_gettime(2).
 """
 
 from __future__ import annotations
