@@ -77,7 +77,10 @@ _ALLOWED = {
     "banger/vmm/vcpu.py": (1, "/dev/kvm"),
     "banger/workspace/export.py": (1, _SCRATCH),
     "banger/workspace/ground.py": (6, _SCRATCH),
-    "banger/workspace/landing.py": (4, "the user's files, which come from a guest one by one"),
+    "banger/workspace/landing.py": (
+        5,
+        "the user's files, which come from a guest; a copy's are synced before they are named",
+    ),
     "banger/workspace/large_patch.py": (1, _SCRATCH),
     "banger/workspace/manifest.py": (1, "an offer, written whole, becomes the manifest"),
     "banger/workspace/partial.py": (3, "the user's files, as cp(1) leaves them"),

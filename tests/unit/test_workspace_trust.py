@@ -188,6 +188,22 @@ def test_patterns_trust_more_than_one(evil: Path, private: Path, trusted: str) -
     inspect_repository(evil)
 
 
+def test_allowed_repository_has_its_configuration_from_where_it_lies(
+    evil: Path, private: Path
+) -> None:
+    """As contrib's git-new-workdir makes it: everything a link."""
+    git(private, "remote", "add", "origin", "https://example.org/private")
+    git(private, "config", "core.autocrlf", "input")
+    for name in ("config", "refs", "objects"):
+        path = evil / ".git" / name
+        remove(path) if path.is_dir() else path.unlink()
+        path.symlink_to(private / ".git" / name)
+    _configure(private, str(evil))
+    found = inspect_repository(evil)
+    assert (found.origin, found.head_commit) == ("https://example.org/private", head(private))
+    assert found.setting("core.autocrlf") == "input"
+
+
 @pytest.mark.parametrize("trusted", ["", "/", "{parent}", "{parent}/ev*", "{parent}/evil/*", "{0}"])
 def test_what_names_another_trusts_nothing(evil: Path, private: Path, trusted: str) -> None:
     _git_file(evil, private)
@@ -235,6 +251,26 @@ def test_back_link_that_leads_nowhere_is_none(back: str, evil: Path, private: Pa
         gitdir.mkdir()
     with pytest.raises(BangerError, match="history"):
         inspect_repository(evil)
+
+
+def test_configuration_of_another_repository_is_not_taken_over(
+    evil: Path, private: Path, tmp_path: Path
+) -> None:
+    """Its origin and identity are nobody's business; what is included from inside counts."""
+    git(private, "remote", "add", "origin", "https://example.org/private")
+    git(private, "config", "user.name", "Eve")
+    write(evil, "shared.config", "[user]\n\temail = shared@example.org\n")
+    git(evil, "config", "include.path", "../shared.config")
+    (evil / "link").symlink_to(private / ".git/config")
+    for included in (f"{private}/.git/config", "../link"):
+        git(evil, "config", "--add", "include.path", included)
+    (tmp_path / "home/more").write_text("[user]\n\tname = Mine\n")
+    (tmp_path / "home/.gitconfig").write_text("[include]\n\tpath = more\n")
+    git(evil, "config", "--unset", "user.name")
+    (evil / "sub").mkdir()
+    found = inspect_repository(evil / "sub")
+    assert (found.origin, found.user_name) == (None, "Mine")
+    assert found.user_email == "shared@example.org"
 
 
 def test_loop_of_links_among_what_git_reads_is_no_traceback(evil: Path, private: Path) -> None:

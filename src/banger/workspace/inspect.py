@@ -18,7 +18,7 @@ from banger.workspace.index import list_submodules
 from banger.workspace.names import format_name, sanitise_name, strip_credentials
 from banger.workspace.repository import Repository, check_branch, check_mode, resolve_target
 from banger.workspace.scratch import open_scratch
-from banger.workspace.trust import check_history
+from banger.workspace.trust import PROTECTED_SCOPES, check_history, find_path, is_below
 
 if TYPE_CHECKING:
     from banger.workspace.options import ShipOptions
@@ -73,8 +73,8 @@ def inspect_repository(path: Path) -> Repository:
     git_dir = _path_of(git, "--absolute-git-dir")
     common_dir = _path_of(git, "--path-format=absolute", "--git-common-dir")
     _check_work_tree_is_here(root, git_dir)
-    check_history(git, root, git_dir, common_dir)
-    config = _read_config(git)
+    allowed = check_history(git, root, git_dir, common_dir)
+    config = _read_config(git, root, None if allowed else (root, git_dir, common_dir))
     head, branch = _read_head(git)
     submodules = tuple(format_name(name) for name in list_submodules(git))
     origin = config.get("remote.origin.url")
@@ -196,12 +196,24 @@ def _path_of(git: Git, *query: str) -> Path:
     return Path(os.fsdecode(out.removesuffix(b"\n"))).resolve()
 
 
-def _read_config(git: Git) -> dict[str, str]:
+def _read_config(git: Git, root: Path, inside: tuple[Path, ...] | None) -> dict[str, str]:
     """The configuration as git sees it; of several values the last counts. Keys are as git prints
-    them: section and key in lower case."""
-    out = git.run("config", "--list", "-z", doing="reading the repository's configuration")
+    them: section and key in lower case.
+
+    What the repository includes from other places than `inside` does not count: it could be the
+    configuration of another one, whose origin and identity would go along.
+    """
+    out = git.run(
+        "config", "--list", "-z", "--show-scope", "--show-origin",
+        doing="reading the repository's configuration",
+    )  # fmt: skip
+    words = out.split(b"\0")[:-1]
     config = {}
-    for item in out.split(b"\0"):
+    for scope, origin, item in zip(words[::3], words[1::3], words[2::3], strict=True):
+        if inside is not None and os.fsdecode(scope) not in PROTECTED_SCOPES:
+            file = find_path(root / os.fsdecode(origin.removeprefix(b"file:")))
+            if file is None or not any(is_below(file, known) for known in inside):
+                continue
         key, equals, value = item.partition(b"\n")
         # A key alone is a true boolean.
         config[os.fsdecode(key)] = os.fsdecode(value) if equals else "true"

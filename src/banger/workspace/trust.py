@@ -31,12 +31,14 @@ _READ_BY_GIT = (
     "HEAD", "config", "config.worktree", "index", "info", "logs", "objects", "packed-refs", "refs",
     "reftable", "shallow",
 )  # fmt: skip
-_PROTECTED_SCOPES = ("system", "global", "command")
+PROTECTED_SCOPES = ("system", "global", "command")
+"""Where the user speaks, and no repository: git-config(1), SCOPES."""
 _MAX_BACK_LINK = 8192
 
 
-def check_history(git: Git, root: Path, git_dir: Path, common_dir: Path) -> None:
-    """Refuse a history that another repository may be robbed of. All paths are resolved.
+def check_history(git: Git, root: Path, git_dir: Path, common_dir: Path) -> bool:
+    """Refuse a history that another repository may be robbed of. All paths are resolved. The result
+    tells whether something lies elsewhere and the user has allowed it.
 
     Raises:
         BangerError: bad_request, reason `foreign_history`.
@@ -45,19 +47,21 @@ def check_history(git: Git, root: Path, git_dir: Path, common_dir: Path) -> None
     foreign: Path | None = None
     hint = f"git config --global --add {KEY} {shlex.quote(str(root))}"
     linked = common_dir != git_dir and git_dir.parent == common_dir / "worktrees"
-    if not _is_below(git_dir, root) and not _leads_back(git, root, git_dir, linked=linked):
+    if not is_below(git_dir, root) and not _leads_back(git, root, git_dir, linked=linked):
         foreign = git_dir
         if linked:
             hint = f"git -C {shlex.quote(str(root))} worktree repair"
-    elif common_dir != git_dir and not linked and not _is_below(common_dir, root):
+    elif common_dir != git_dir and not linked and not is_below(common_dir, root):
         foreign = common_dir
     else:
         # What the main repository borrows is its own affair, now that it is known to be ours.
         owners += [common_dir, *([common_dir.parent] if common_dir.name == ".git" else [])]
         inside = (root, git_dir, common_dir)
         foreign = next(_find_outside(git, inside, (git_dir, common_dir)), None)
-    if foreign is None or _is_trusted(git, owners):
-        return
+    if foreign is None:
+        return False
+    if _is_trusted(git, owners):
+        return True
     raise BangerError(
         "bad_request",
         f"the repository {root} takes its history from {foreign}, and nothing there says that "
@@ -73,12 +77,12 @@ def _leads_back(git: Git, root: Path, git_dir: Path, *, linked: bool) -> bool:
     if linked:
         named = find_start(git_dir / "gitdir", _MAX_BACK_LINK) or b""
         entry = git_dir / os.fsdecode(named.rstrip(b"\n"))
-        return entry.name == ".git" and _resolve(entry.parent) == root
+        return entry.name == ".git" and find_path(entry.parent) == root
     for scope in ("--local", "--worktree"):
         # A given file is read without what it includes.
         found = git.try_run("config", scope, "-z", "--get", "core.worktree")
         value = os.fsdecode(found.stdout.removesuffix(b"\0"))
-        if found.returncode == 0 and value and _resolve(git_dir / value) == root:
+        if found.returncode == 0 and value and find_path(git_dir / value) == root:
             return True
     return False
 
@@ -94,10 +98,10 @@ def _find_outside(
     seen = set()
     while waiting:
         path = waiting.pop()
-        resolved = _resolve(path)
+        resolved = find_path(path)
         if resolved is None:
             continue
-        if not any(_is_below(resolved, known) for known in inside):
+        if not any(is_below(resolved, known) for known in inside):
             yield resolved
             continue
         if resolved in seen:
@@ -137,7 +141,7 @@ def _is_trusted(git: Git, owners: list[Path]) -> bool:
     found = git.try_run("config", "--show-scope", "-z", "--get-all", KEY)
     words = os.fsdecode(found.stdout).split("\0")[:-1]
     for scope, value in zip(words[::2], words[1::2], strict=True):
-        if scope not in _PROTECTED_SCOPES or not value:
+        if scope not in PROTECTED_SCOPES or not value:
             continue
         if value == "*" or any(_names(value, owner) for owner in owners):
             return True
@@ -148,11 +152,11 @@ def _names(value: str, owner: Path) -> bool:
     """As git reads safe.directory: a directory, or with `/*` at its end whatever is below it."""
     path = Path(value).expanduser()
     if path.name == "*":
-        return _resolve(path.parent) in owner.parents
-    return _resolve(path) == owner
+        return find_path(path.parent) in owner.parents
+    return find_path(path) == owner
 
 
-def _resolve(path: Path) -> Path | None:
+def find_path(path: Path) -> Path | None:
     """Where a path leads; None for what nobody can open: a loop of links, a name with a NUL."""
     try:
         return path.resolve()
@@ -160,5 +164,6 @@ def _resolve(path: Path) -> Path | None:
         return None
 
 
-def _is_below(path: Path, directory: Path) -> bool:
+def is_below(path: Path, directory: Path) -> bool:
+    """Whether a resolved path is a directory or lies in it."""
     return path == directory or directory in path.parents
