@@ -130,9 +130,12 @@ def start_while_somebody_is_killed(banger: Installation, marks: Path, victim: st
         starting = banger.popen("vm", "start", NAME)
         wait_for(mark.exists, order)
         pid = daemon_pid(banger)
-        wait_for(lambda: (read_stat(pid) or ("", 0))[0] == "T", "the daemon's standing still")
-        kill_one(banger, victim, pid, starting)
-        os.kill(pid, signal.SIGCONT)
+        try:
+            wait_for(lambda: (read_stat(pid) or ("", 0))[0] == "T", "the daemon's standing still")
+            kill_one(banger, victim, pid, starting)
+        finally:
+            # Whatever went wrong: nobody can end it in order while it stands still.
+            os.kill(pid, signal.SIGCONT)
         starting.communicate(timeout=PATIENCE_S)
 
 
@@ -142,8 +145,11 @@ def daemon_pid(banger: Installation) -> int:
     number = lock.stat().st_ino
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
+        # Those who wait for a lock have an arrow before it (proc_locks(5)).
+        if words[1] != "FLOCK" or int(words[5].split(":")[2]) != number:
+            continue
         # Another filesystem's file may have the same number.
-        if "FLOCK" in words and int(words[5].split(":")[2]) == number and _has(words[4], lock):
+        if _has(words[4], lock):
             return int(words[4])
     raise AssertionError("no daemon runs")
 
