@@ -16,11 +16,13 @@ import (
 const (
 	// leftoverWait is how long background processes that hold the pipes may delay the exit.
 	leftoverWait = 2 * time.Second
-	// hangupGrace lies between HUP and KILL after a lost connection.
-	hangupGrace = 5 * time.Second
 	// outputBuffer is a pipe's default capacity: a larger buffer would never fill.
 	outputBuffer = 64 << 10
 )
+
+// hangupGrace lies between HUP and KILL after a lost connection.
+// Tests make it longer.
+var hangupGrace = 5 * time.Second
 
 // run is one command while it runs.
 type run struct {
