@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHARED = "shared"
+# What a guest's kernel says last, and how long one has to be silent; less than its start waits.
+_BOOT = "reboot: Restarting system"
+_SILENT_S = 180.0
 # Every name that was used, so that the name server can be asked for those that are gone.
 used_names: set[str] = set()
 _held: dict[str, Counter[str]] = {}
@@ -97,3 +101,23 @@ def vmm_pid(name: str) -> int:
 def owner_home() -> str:
     """The owner's home directory."""
     return f"/home/{OWNER}"
+
+
+def find_standing_still() -> list[str]:
+    """The consoles of VMs whose emulated processor seems to have lost its interrupts."""
+    now = time.time()
+    return [
+        str(path)
+        for path in STATE.glob("vms/*/console.log")
+        if stands_still(path.read_text(errors="replace"), now - path.stat().st_mtime)
+    ]
+
+
+def stands_still(console: str, silent_s: float) -> bool:
+    """Whether a guest's kernel began, has come to no line of ours, and has said nothing since.
+
+    The emulation of nested virtualisation loses timer interrupts. The host is woken by the runner,
+    a guest by nobody before it has a network.
+    """
+    last_boot = console.rpartition(_BOOT)[2]
+    return silent_s >= _SILENT_S and "[ " in last_boot and "banger: " not in last_boot

@@ -48,7 +48,8 @@ def _report(scenario: Scenario, before: Counter[str]) -> Counter[str]:
     started = time.monotonic()
     result = _run(scenario, before)
     emit(end=scenario.name, result=result, seconds=round(time.monotonic() - started, 1))
-    return take_census() - guests.held_by_shared() if result == "fail" else before
+    failed = result in ("fail", "frozen")
+    return take_census() - guests.held_by_shared() if failed else before
 
 
 def _run(scenario: Scenario, before: Counter[str]) -> str:
@@ -65,8 +66,12 @@ def _run(scenario: Scenario, before: Counter[str]) -> str:
         return "skip"
     except Exception:
         traceback.print_exc(file=sys.stdout)
+        still = guests.find_standing_still()
         _show_evidence(since, sizes)
         _delete_all()
+        if still:
+            print(f"stood still in its kernel, before a line of ours: {', '.join(still)}")
+            return "frozen"
         return "fail"
     return "pass"
 

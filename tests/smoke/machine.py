@@ -86,7 +86,8 @@ class Machine(threading.Thread):
         self._limit_s = limit_s
         self._patience_s = patience_s
         self.frozen = False
-        """Its processor stood still: what it had not finished says nothing of what is tested."""
+        """Its processor stood still, or a guest's: what it has not finished says nothing of what
+        is tested."""
         self._ended = threading.Event()
         self._stopped = False
         self._command = command
@@ -152,6 +153,7 @@ class Machine(threading.Thread):
             self.stop()
             self._give_up()
             unfinished = [name for name in given if name not in self._report.results]
+            self.frozen |= self._told.stood_still
             if self.frozen:
                 self._told.freeze(unfinished)
             else:

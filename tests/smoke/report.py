@@ -37,6 +37,12 @@ class Report:
             print(f"FAIL {name}: the host ended before it was done; its last words:", flush=True)
             self._dump(name, log)
 
+    def stood_still(self, name: str, log: list[str]) -> None:
+        """The processor of a scenario's guest stood still, which says nothing of what is tested."""
+        with self._lock:
+            print(f"FROZEN {name}: the processor of its guest stood still", flush=True)
+            self._dump(name, log)
+
     def measured(self, figures: dict[str, Any]) -> None:
         """Take figures that a scenario has measured."""
         with self._lock:
@@ -74,6 +80,8 @@ class HostLog:
         """The scenario that has started and not ended."""
         self.told = 0
         """The last number of a scenario that wants the power cut."""
+        self.stood_still = False
+        """So did the processor of a guest in it, and its scenario is to be told by another host."""
 
     def feed(self, line: str) -> Literal["want", "cut"] | None:
         """Take one line; what it asks for, if anything: work, or to cut the power."""
@@ -93,9 +101,7 @@ class HostLog:
             self.running = str(event["start"])
         elif "end" in event:
             self.running = None
-            self._report.passed_or_failed(
-                str(event["end"]), str(event["result"]), event["seconds"], self._log
-            )
+            self._end(str(event["end"]), str(event["result"]), event["seconds"])
             self._log.clear()
         elif "figures" in event:
             self._report.measured(event["figures"])
@@ -105,10 +111,17 @@ class HostLog:
             return "cut"
         return "want" if "want" in event else None
 
+    def _end(self, name: str, result: str, seconds: float) -> None:
+        if result == "frozen":
+            self.stood_still = True
+            self._report.stood_still(name, self._log)
+        else:
+            self._report.passed_or_failed(name, result, seconds, self._log)
+
     def freeze(self, unfinished: list[str]) -> None:
-        """The emulated processor stood still, and the host was ended."""
+        """An emulated processor stood still: the host's, which was ended, or a guest's in it."""
         what = ", ".join(unfinished) or "nothing"
-        say(f"smoke: host {self._number}: its processor stands still; it had not finished {what}")
+        say(f"smoke: host {self._number}: a processor stood still; it has not finished {what}")
 
     def close(self, unfinished: list[str], *, released: bool) -> None:
         """The host has ended.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.smoke import run
+from tests.smoke import guests, run
 from tests.smoke.machine import Machine
 from tests.smoke.registry import Deal, Kind, Scenario, all_scenarios, choose
 from tests.smoke.report import HostLog, Report
@@ -236,6 +236,47 @@ def test_a_host_that_works_is_not_taken_for_one_that_stands_still(
     working.run()
     limit.join()
     assert not working.frozen
+
+
+def test_a_guest_whose_processor_stood_still_is_told_by_another_host(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+        work() { words=; while [ -z "$words" ]; do read -r words || exit 1; done; }
+        for result in frozen pass; do
+            echo '@event {"want": true}'; work
+            echo "@event {\\"start\\": \\"$words\\"}"
+            echo "the words of $words"
+            echo "@event {\\"end\\": \\"$words\\", \\"result\\": \\"$result\\", \\"seconds\\": 1}"
+        done
+        echo '@event {"want": true}'; work
+    """
+    deal = Deal([_scenario(n, "global", None) for n in (1, 2)])
+    machine = Machine(1, ["sh", "-c", script], deal, report, tmp_path, PATIENCE_S)
+    machine.run()
+    assert machine.frozen
+    assert report.results == {"s2": "pass"}
+    out = capsys.readouterr()
+    assert "FROZEN s1" in out.out and "the words of s1" in out.out
+    assert "it has not finished s1" in out.out + out.err
+    assert report.conclude(["s1", "s2"], 1) == 1, "nobody else told it"
+
+
+@pytest.mark.parametrize(
+    ("console", "silent_s", "still"),
+    [
+        ("[    1.9] PCI: Fatal\n", 200, True),
+        ("[    1.9] PCI: Fatal\n", 20, False),
+        ("[    1.9] PCI: Fatal\nbanger: agent 0.1.0\n", 200, False),
+        ("banger: agent 0.1.0\n[ 9.1] reboot: Restarting system\n[ 1.9] PCI\n", 200, True),
+        ("banger: agent 0.1.0\n[ 9.1] reboot: Restarting system\n", 200, False),
+        ("", 200, False),
+    ],
+)
+def test_a_guest_stands_still_before_our_first_line_only(
+    console: str, silent_s: float, still: bool
+) -> None:
+    assert guests.stands_still(console, silent_s) is still
 
 
 # A host that is killed when it asks for it, and asks for work again when it is booted anew.
