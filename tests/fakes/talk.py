@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,4 +74,6 @@ def end_sessions(agent: Agent) -> None:
     for status in (agent.directory / "sessions").glob("*/status.json"):
         document = json.loads(status.read_bytes())
         if document["state"] == "running":
-            os.killpg(document["pid"], signal.SIGKILL)
+            # Its command may have ended since, and be noted a moment later.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(document["pid"], signal.SIGKILL)

@@ -313,7 +313,8 @@ class World:
             await ctx.announcements.close()
         await self.driver.close()
         for pid in processes_below(self.root):
-            os.kill(pid, 9)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(pid, 9)
         for pid in self._children:
             # Most were reaped by those who waited for them.
             with contextlib.suppress(ChildProcessError):
