@@ -15,12 +15,16 @@ import msgspec
 
 T = TypeVar("T")
 
+# What decoding a document can raise: msgspec's errors and that of a text that is not UTF-8, which
+# is none of them (both are ValueError), and that of a depth that nobody needs.
+MALFORMED = (ValueError, RecursionError)
+
 _meeting = threading.Lock()
 _met: set[Any] = set()
 
 
 def decode_json(data: bytes | bytearray | memoryview | str, type: type[T]) -> T:
-    """Raises msgspec.DecodeError, ValueError for what is no UTF-8, RecursionError."""
+    """Raises what `MALFORMED` names: msgspec.DecodeError where the document does not fit."""
     _meet(type)
     return msgspec.json.decode(data, type=type)
 

@@ -22,9 +22,6 @@ ErrorCode = Literal[
 # failed: nothing of it happened, or all of it was given back: safe to retry. unknown: it may have
 # happened, in whole or in part, and a look is needed first.
 Outcome = Literal["failed", "unknown"]
-# What decoding a document can raise: msgspec's errors and that of a text that is not UTF-8, which
-# is none of them (both are ValueError), and that of a depth that nobody needs.
-MALFORMED = (ValueError, RecursionError)
 
 
 class BangerError(Exception):

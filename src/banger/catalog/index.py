@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger import files, minisign
-from banger.decoding import decode_json
+from banger.decoding import MALFORMED, decode_json
 from banger.errors import BangerError
 from banger.names import check_entry_name
 from banger.units import GIB
@@ -113,7 +113,7 @@ def parse_index(data: bytes, *, what: str) -> Index:
         if schema != SCHEMA:
             raise ValueError(f"it has the schema {schema}, and this banger knows {SCHEMA} only")
         return decode_json(data, type=Index)
-    except (msgspec.DecodeError, ValueError, RecursionError, BangerError) as e:
+    except (BangerError, *MALFORMED) as e:
         raise bad_index(f"reading {what}: {e}") from e
 
 

@@ -26,9 +26,9 @@ from banger.catalog.index import (
     bad_index,
     verify_index,
 )
-from banger.decoding import decode_json
+from banger.decoding import MALFORMED, decode_json
 from banger.disk.space import require_space
-from banger.errors import MALFORMED, BangerError
+from banger.errors import BangerError
 from banger.minisign import PublicKey, parse_public_key
 from banger.oci.http import Http, place
 from banger.units import format_size

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.rpc.frames import FrameDecoder, FrameType, encode
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.decoding import decode_toml
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_toml
+from banger.errors import BangerError
 
 if TYPE_CHECKING:
     from banger.config.system_paths import SystemPaths

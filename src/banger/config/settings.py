@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from banger.config.file_sync import FileSync, check_file_sync
-from banger.decoding import convert, decode_toml
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, convert, decode_toml
+from banger.errors import BangerError
 from banger.minisign import BadSignature, parse_public_key
 from banger.units import GIB, parse_duration, parse_size
 

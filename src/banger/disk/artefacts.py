@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger import files
-from banger.decoding import decode_json
+from banger.decoding import MALFORMED, decode_json
 from banger.disk.identity import FileChanged, FileIdentity, check_identity, identify
-from banger.errors import MALFORMED
 from banger.faults import step
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.guest.config import ANNOUNCE_PORT
 from banger.rpc.channel import Channel, accept
 from banger.rpc.unix import short_path

@@ -18,8 +18,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request, WireError
-from banger.decoding import convert, decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, convert, decode_json
+from banger.errors import BangerError
 from banger.guest.endpoint import Endpoint, connect
 from banger.rpc import frames
 from banger.rpc.blocking import BlockingChannel

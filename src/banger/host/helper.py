@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from banger import process
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError, ErrorCode
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError, ErrorCode
 from banger.host.privilege import build_helper_argv
 from banger.rpc.server import current_op
 

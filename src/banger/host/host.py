@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.host.helper import Calls, Helper, HelperService
 from banger.host.lease import Bridge, HostStatus, LaunchPlan, Lease, LeaseId, LeasePlan, Swept
 from banger.host.privilege import Privilege, find_helper, find_privilege

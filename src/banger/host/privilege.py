@@ -10,8 +10,8 @@ from typing import Literal
 import msgspec
 
 from banger import process
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 
 # Not the interpreter of our virtual environment: that one the owner can write.
 _PYTHON = "/usr/bin/python3"

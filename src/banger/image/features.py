@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from banger.config.resources import recipes_directory
-from banger.decoding import decode_toml
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_toml
+from banger.errors import BangerError
 from banger.image.recipe import (
     LoadedRecipe,
     Manager,

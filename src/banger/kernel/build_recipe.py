@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from banger.config.resources import recipes_directory
-from banger.decoding import decode_toml
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_toml
+from banger.errors import BangerError
 from banger.kernel.fragment import parse_fragment
 from banger.names import check_entry_name
 

@@ -14,10 +14,10 @@ import msgspec
 
 from banger import files
 from banger.api.records import KernelRecord
-from banger.decoding import decode_json
+from banger.decoding import MALFORMED, decode_json
 from banger.disk.background import Job
 from banger.disk.identity import FileChanged, FileIdentity, check_identity
-from banger.errors import MALFORMED, BangerError
+from banger.errors import BangerError
 from banger.faults import step
 from banger.names import check_entry_name
 

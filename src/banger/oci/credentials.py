@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.oci.reference import SHORT_NAME_REGISTRY
 from banger.process import find_program, run
 

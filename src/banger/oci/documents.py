@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from banger.api.records import ImageConfig
-from banger.decoding import decode_json
+from banger.decoding import MALFORMED, decode_json
 from banger.oci.errors import BadImage
 
 INDEX_TYPES = (
@@ -151,7 +151,7 @@ def parse_document(data: bytes, kind: type[D]) -> D:
         return decode_json(data, type=kind)
     except BadImage:
         raise
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError) as e:
+    except MALFORMED as e:
         raise BadImage(f"{kind.__name__.lower()}: {e}") from e
 
 

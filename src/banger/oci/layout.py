@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.files import sha256_file
 from banger.oci.documents import (
     MOST_DOCUMENT_BYTES,

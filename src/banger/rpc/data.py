@@ -9,8 +9,8 @@ import io
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from banger.api.envelope import WireError
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.rpc import frames
 from banger.rpc.channel import connection_lost
 from banger.rpc.frames import FrameType

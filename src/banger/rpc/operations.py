@@ -22,8 +22,7 @@ import msgspec
 from banger.api.base import Wire
 from banger.api.envelope import WireError
 from banger.api.operations import REPEATABLE, Operation, OperationState
-from banger.decoding import decode_json
-from banger.errors import MALFORMED
+from banger.decoding import MALFORMED, decode_json
 from banger.files import write_atomic
 from banger.rpc.outcomes import daemon_ended, target_of
 

@@ -22,8 +22,8 @@ import msgspec
 
 from banger.api.envelope import PROTOCOL_VERSION, Reply, Request, WireError
 from banger.api.operations import REPEATABLE, Detached
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError, find_disk_full
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError, find_disk_full
 from banger.rpc import frames
 from banger.rpc.channel import Channel, accept
 from banger.rpc.frames import FrameType

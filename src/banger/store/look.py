@@ -10,8 +10,8 @@ from urllib.parse import quote
 import msgspec
 
 from banger.api.records import VmRecord
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.store.database import migrations
 
 if TYPE_CHECKING:

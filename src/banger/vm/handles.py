@@ -13,8 +13,8 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.records import VmmName
-from banger.decoding import decode_json
-from banger.errors import MALFORMED, BangerError
+from banger.decoding import MALFORMED, decode_json
+from banger.errors import BangerError
 from banger.files import write_atomic
 from banger.guest.endpoint import Endpoint
 from banger.host.lease import LeaseId, LeasePlan

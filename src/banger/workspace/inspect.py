@@ -18,7 +18,7 @@ from banger.workspace.index import list_submodules
 from banger.workspace.names import format_name, sanitise_name, strip_credentials
 from banger.workspace.repository import Repository, check_branch, check_mode, resolve_target
 from banger.workspace.scratch import open_scratch
-from banger.workspace.trust import PROTECTED_SCOPES, check_history, find_path, is_below
+from banger.workspace.trust import PROTECTED_SCOPES, check_history, find_path
 
 if TYPE_CHECKING:
     from banger.workspace.options import ShipOptions
@@ -212,7 +212,7 @@ def _read_config(git: Git, root: Path, inside: tuple[Path, ...] | None) -> dict[
     for scope, origin, item in zip(words[::3], words[1::3], words[2::3], strict=True):
         if inside is not None and os.fsdecode(scope) not in PROTECTED_SCOPES:
             file = find_path(root / os.fsdecode(origin.removeprefix(b"file:")))
-            if file is None or not any(is_below(file, known) for known in inside):
+            if file is None or not any(file.is_relative_to(known) for known in inside):
                 continue
         key, equals, value = item.partition(b"\n")
         # A key alone is a true boolean.

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from banger.api.records import Workspace
-from banger.decoding import decode_msgpack
-from banger.errors import MALFORMED
+from banger.decoding import MALFORMED, decode_msgpack
 from banger.faults import step
 from banger.files import sync_directory, write_atomic
 from banger.rpc.trees import Record  # noqa: TC001 - msgspec reads the annotations

@@ -47,11 +47,11 @@ def check_history(git: Git, root: Path, git_dir: Path, common_dir: Path) -> bool
     foreign: Path | None = None
     hint = f"git config --global --add {KEY} {shlex.quote(str(root))}"
     linked = common_dir != git_dir and git_dir.parent == common_dir / "worktrees"
-    if not is_below(git_dir, root) and not _leads_back(git, root, git_dir, linked=linked):
+    if not git_dir.is_relative_to(root) and not _leads_back(git, root, git_dir, linked=linked):
         foreign = git_dir
         if linked:
             hint = f"git -C {shlex.quote(str(root))} worktree repair"
-    elif common_dir != git_dir and not linked and not is_below(common_dir, root):
+    elif common_dir != git_dir and not linked and not common_dir.is_relative_to(root):
         foreign = common_dir
     else:
         # What the main repository borrows is its own affair, now that it is known to be ours.
@@ -101,7 +101,7 @@ def _find_outside(
         resolved = find_path(path)
         if resolved is None:
             continue
-        if not any(is_below(resolved, known) for known in inside):
+        if not any(resolved.is_relative_to(known) for known in inside):
             yield resolved
             continue
         if resolved in seen:
@@ -162,8 +162,3 @@ def find_path(path: Path) -> Path | None:
         return path.resolve()
     except (OSError, RuntimeError, ValueError):
         return None
-
-
-def is_below(path: Path, directory: Path) -> bool:
-    """Whether a resolved path is a directory or lies in it."""
-    return path == directory or directory in path.parents
