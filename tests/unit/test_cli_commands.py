@@ -352,13 +352,16 @@ def test_json_may_be_asked_for_where_there_is_nothing_else(
     assert json.loads(cli(*command, "wbe", "--json").out)["error"]["code"] == "not_found"
 
 
-def interrupted(*words: str, begun: threading.Barrier) -> str:
-    """What a command says on Ctrl-C, which it gets when all its calls have begun."""
+def interrupted(*words: str, begun: threading.Barrier, told: str = "") -> str:
+    """What a command says on Ctrl-C, which it gets when all its calls have begun and it has `told`
+    a line: then it has heard of its call's beginning, too."""
     with subprocess.Popen(
         [sys.executable, "-m", "banger.cli.entry", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         begun.wait(15)
+        if told:
+            assert process.stderr is not None and process.stderr.readline() == told
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=15)[1]
     assert process.returncode == 130
@@ -389,6 +392,7 @@ def test_interrupt_says_what_was_not_given_back(serve: Serve) -> None:
 
     async def restart(call: Call, params: p.StartVm) -> None:
         try:
+            call.stage("restart", "restarting")
             await asyncio.to_thread(begun.wait, 15)
             await asyncio.Event().wait()
         except asyncio.CancelledError as e:
@@ -398,7 +402,8 @@ def test_interrupt_says_what_was_not_given_back(serve: Serve) -> None:
             ) from e  # fmt: skip
 
     serve(vm__restart=restart)
-    assert interrupted("vm", "restart", "web", begun=begun).splitlines() == [
+    told = "restart: restarting\n"
+    assert interrupted("vm", "restart", "web", begun=begun, told=told).splitlines() == [
         "banger: interrupted",
         "VM web was ?[1mstopped",
         "hint: banger vm start web",
