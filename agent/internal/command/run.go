@@ -20,8 +20,7 @@ const (
 	outputBuffer = 64 << 10
 )
 
-// hangupGrace lies between HUP and KILL after a lost connection.
-// Tests make it longer.
+// hangupGrace lies between HUP and KILL after a lost connection; a test makes it longer.
 var hangupGrace = 5 * time.Second
 
 // run is one command while it runs.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import io
 import socket
 import time
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeVar
@@ -18,12 +17,12 @@ import msgspec
 
 from banger.api.base import Wire
 from banger.api.envelope import PROTOCOL_VERSION, Request, WireError
-from banger.decoding import MALFORMED, convert, decode_json
+from banger.decoding import convert
 from banger.errors import BangerError
 from banger.guest.endpoint import Endpoint, connect
-from banger.rpc import frames
 from banger.rpc.blocking import BlockingChannel
 from banger.rpc.channel import Channel, connection_lost, decode_reply
+from banger.rpc.data import DataWriter, decode
 from banger.rpc.frames import FrameType
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ class GuestClient:
             channel.write_document(self.request("put", {"path": path, "mode": mode, "owner": None}))
             decode_reply(channel.read_line(), doing)
             try:
-                with io.BufferedWriter(_DataFrames(channel), frames.PAYLOAD_LIMIT) as out:
+                with DataWriter(channel).buffered() as out:
                     written = write_tar(out)
                 channel.write_frame(FrameType.DATA_END)
             except (BrokenPipeError, ConnectionResetError):
@@ -243,7 +242,7 @@ class GuestClient:
                 _final_frame(channel, doing)
                 raise
             payload = _final_frame(channel, doing)
-            return written, _decode(payload, Transferred, doing)
+            return written, decode(payload, Transferred, doing)
         except OSError as e:
             if isinstance(e, ConnectionError):
                 raise connection_lost(doing) from e
@@ -283,29 +282,7 @@ def _final_frame(channel: BlockingChannel, doing: str) -> bytes:
     while (frame := channel.read_frame()) is not None:
         kind, payload = frame
         if kind is FrameType.ERROR:
-            raise _decode(payload, WireError, doing).exception()
+            raise decode(payload, WireError, doing).exception()
         if kind is FrameType.RESULT:
             return payload
     raise connection_lost(doing)
-
-
-def _decode(payload: bytes, kind: type[T], doing: str) -> T:
-    try:
-        return decode_json(payload, type=kind)
-    except MALFORMED as e:
-        raise BangerError("operation_failed", f"{doing}: malformed answer: {e}") from e
-
-
-class _DataFrames(io.RawIOBase):
-    """A file that turns what is written to it into data frames."""
-
-    def __init__(self, channel: BlockingChannel) -> None:
-        self._channel = channel
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)[: frames.PAYLOAD_LIMIT]
-        self._channel.write_frame(FrameType.DATA, bytes(view))
-        return len(view)
